@@ -1,0 +1,89 @@
+"""The contract every training method meets: five verbs, three records, no base class.
+
+Shape letters used across the package: n slices in a batch, v views, c channels, h w pixels of a slice, s side of a crop in
+pixels, d embedding size, k classes, D spatial dimensions (2 or 3).
+
+A batch, as `platform/stream.py` delivers it on the training device, is a dict of tensors:
+
+    image     (n, c, h, w)  storage dtype; slices smaller than h x w are padded with 0 below and to the right
+    size      (n, D)        int64: rows and columns of each slice that are image, not padding
+    label     (n, h, w)     uint8 class ids; UNLABELLED where there is no annotation, padding included
+    position  (n,)          float32: 0 at the volume's lowest slice, 1 at its highest
+    patient, volume, index  (n,) int64: whose slice it is, and its row in the store
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+UNLABELLED = 255  # the class id of "nobody said": ignored by every loss and metric
+
+Batch = Mapping[str, Tensor]
+
+
+def intensities(image: Tensor) -> Tensor:
+    """Stored pixels as float32 intensities: uint8 holds [0, 1] in 1/255, int16 in 1/32767, floats are kept as they are."""
+    if image.dtype == torch.uint8:
+        return image.float() / 255
+    if image.dtype == torch.int16:
+        return image.float() / 32767
+    return image.float()
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where training stands. `index` counts optimizer steps from 0; `total` is their number."""
+
+    index: int
+    total: int
+
+    @property
+    def progress(self) -> float:
+        """Fraction of training done, in [0, 1)."""
+        return self.index / self.total
+
+
+@dataclass(frozen=True)
+class Views:
+    """The augmented inputs of one step, with what the losses need to know about them."""
+
+    images: list[Tensor]  # v tensors, each (n, c, s, s), float32
+    corners: list[Tensor] = field(default_factory=list)  # v tensors, each (n, D), int64: first pixel of the source box
+    extents: list[Tensor] = field(default_factory=list)  # v tensors, each (n, D), int64: sides of the source box, pixels
+    labels: Tensor | None = None  # (n, s, s) int64, UNLABELLED where the slice carries no label
+    monitors: dict[str, Tensor] = field(default_factory=dict)  # what the draws looked like: realised IoU, skipped slices
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Weighted scalar terms to minimise, and detached monitors to watch."""
+
+    terms: dict[str, Tensor]
+    monitors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the terms, shape ()."""
+        return torch.stack(list(self.terms.values())).sum()
+
+
+class Method(Protocol):
+    """A method is an nn.Module with these five verbs; its file ends in `METHOD = TheClass`."""
+
+    def augment(self, batch: Batch, rng: Generator) -> Views:
+        """All randomness of a step, batched, on the batch's device; equal generators give equal views."""
+
+    def loss(self, views: Views, step: Step) -> Loss:
+        """Deterministic given the views."""
+
+    def after_step(self, step: Step) -> None:
+        """What follows the optimizer: teachers, centres, queues."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups: `params`, their `weight_decay`, and `fixed_lr=True` where the schedule does not apply."""
+
+    def transferable_state(self) -> dict[str, Tensor]:
+        """What fine-tuning receives: keys and shapes of the network's encoder (an explicit choice of the method)."""

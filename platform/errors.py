@@ -1,0 +1,13 @@
+"""Errors that a user can act on. `cli.py` prints their one sentence; anything else is a bug and keeps its traceback."""
+
+
+class UsageError(Exception):
+    """What was asked for cannot be meant: an unknown name, a wrong type, a value out of range. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(Exception):
+    """What was asked for failed: a broken scan, a full disk, a diverged training. Exit code 1."""
+
+    exit_code = 1
