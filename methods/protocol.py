@@ -27,9 +27,9 @@ Batch = Mapping[str, Tensor]
 def intensities(image: Tensor) -> Tensor:
     """Stored pixels as float32 intensities: uint8 holds [0, 1] in 1/255, int16 in 1/32767, floats are kept as they are."""
     if image.dtype == torch.uint8:
-        return image.float() / 255
+        return image.float().div_(255)
     if image.dtype == torch.int16:
-        return image.float() / 32767
+        return image.float().div_(32767)
     return image.float()
 
 

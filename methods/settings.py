@@ -28,6 +28,17 @@ class Training:
     evaluations: int = 10  # evenly spaced looks at the validation patients; the best one is kept (fine-tuning only)
     stop_on_collapse: bool = True  # end a pretraining whose features have collapsed (see `platform/loop.py`)
 
+    def __post_init__(self) -> None:
+        positive = {"steps": self.steps or 1, "batch": self.batch, "epochs": self.epochs, "lr": self.lr}
+        positive |= {"accumulate": self.accumulate, "evaluations": self.evaluations, "clip": self.clip or 1}
+        for name, value in positive.items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value}: expected more than 0")
+        if self.steps == 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0 or not 0 <= self.end_lr <= self.lr:
+            raise ValueError("expected steps > 0, 0 <= warmup < 1, weight_decay >= 0 and 0 <= end_lr <= lr")
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} cannot be cut into {self.accumulate} equal micro-batches")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairCrops:
@@ -41,6 +52,22 @@ class PairCrops:
     scale: tuple[float, float] = (0.08, 1.0)  # area of a resized box, as a fraction of the slice
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of a resized box
     unreachable: Literal["error", "skip"] = "error"  # a slice that cannot hold such a pair: refuse, or leave out and count
+
+    def __post_init__(self) -> None:
+        if self.side is not None and self.side < 1:
+            raise ValueError(f"side is {self.side}: expected at least 1 pixel")
+        if self.iou is not None:
+            low, high = self.iou
+            empty = low == high and self.ends != "[]"
+            if not 0 <= low <= high <= 1 or empty:
+                raise ValueError(
+                    f"iou is {self.ends[0]}{low}, {high}{self.ends[1]}: expected 0 <= low <= high <= 1 and not empty"
+                )
+        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"scale {self.scale} must lie in (0, 1] and ratio {self.ratio} above 0, each low first")
+        super_check = getattr(super(), "__post_init__", None)  # of the next class where a method combines several
+        if super_check:
+            super_check()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +86,13 @@ class Chain:
     blur_p: float = 0.25
     noise_std: float = 0.01  # the deviation is itself uniform in [0, this]
     noise_p: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name.endswith("_p") and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}: a probability lies in [0, 1]")
+        if not 0 < self.zoom[0] <= self.zoom[1] or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"zoom {self.zoom} and blur_sigma {self.blur_sigma}: expected 0 < low <= high")
+        super_check = getattr(super(), "__post_init__", None)
+        if super_check:
+            super_check()

@@ -1,6 +1,11 @@
-"""What a bench reports. Each file of benches/ is one comparison: `run()` yields rows, ours and a named rival in one run."""
+"""Speed as ratios. Each file of benches/ is one comparison: `run()` yields rows, ours and a named rival in one run."""
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from medssl.platform import find
 
 
 @dataclass(frozen=True)
@@ -17,3 +22,26 @@ class Row:
     @property
     def ratio(self) -> float:
         return self.ours / self.rival
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "ratio": self.ratio}
+
+
+def run(names: Sequence[str], say: Callable[[str], None]) -> list[Row]:
+    """Run the named benches one after another; all of them when none is named."""
+    rows = []
+    for name in names or find.names("bench"):
+        module = find.load("bench", name)
+        say(f"bench {name}: {find.summary('bench', name)}")
+        rows += module.run()
+    return rows
+
+
+def describe(rows: Sequence[Row]) -> str:
+    """A line per comparison: the ratio first, then what it is a ratio of."""
+    lines = []
+    for row in rows:
+        target = "" if row.target is None else f" (at least {row.target:g}: {'met' if row.ratio >= row.target else 'MISSED'})"
+        lines.append(f"{row.ratio:8.2f}x{target}  {row.what}")
+        lines.append(f"           {row.ours:,.1f} {row.unit} against {row.rival:,.1f} of {row.rival_name}")
+    return "\n".join(lines)

@@ -23,14 +23,14 @@ FOLDERS = {
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """"did you mean …? found: …" for an error about `word`."""
+    """ "did you mean …? found: …" for an error about `word`."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return (f"did you mean {close[0]}? " if close else "") + "found: " + ", ".join(known)
 
 
 def names(kind: str) -> list[str]:
-    """Every name of a kind, sorted. A method is a file of methods/ that ends in `METHOD = …`; the other folders hold one kind."""
+    """Every name of a kind, sorted. A method is a file of methods/ with a `METHOD`; the other folders hold one kind each."""
     files = sorted((ROOT / FOLDERS[kind]).glob("[a-z]*.py"))
     if kind == "method":
         files = [file for file in files if "\nMETHOD" in file.read_text()]
@@ -50,6 +50,11 @@ def load(kind: str, name: str) -> ModuleType:
     return importlib.import_module(f"medssl.{FOLDERS[kind].replace('/', '.')}.{file.stem}")
 
 
+def summary(kind: str, name: str) -> str:
+    """The first line of a file's docstring."""
+    return (ast.get_docstring(ast.parse(path(kind, name).read_text())) or "").partition("\n")[0]
+
+
 @functools.cache
 def settings(kind: str, name: str, class_name: str = "Config") -> type:
     """The settings dataclass of a method or network, read from its source without importing the file (nor torch).
@@ -59,7 +64,12 @@ def settings(kind: str, name: str, class_name: str = "Config") -> type:
     file = path(kind, name)
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
-            scope = {"dataclass": dataclasses.dataclass, "field": dataclasses.field, "Literal": typing.Literal, "settings": shared}
+            scope = {
+                "dataclass": dataclasses.dataclass,
+                "field": dataclasses.field,
+                "Literal": typing.Literal,
+                "settings": shared,
+            }
             scope |= {key: value for key, value in vars(shared).items() if not key.startswith("_")}
             exec(compile(ast.Module([node], []), str(file), "exec"), scope)
             found = scope[class_name]

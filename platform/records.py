@@ -1,9 +1,13 @@
 """The records that flow between the parts of medssl, and the schema of a prepared slice."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Part = Literal["train", "val", "test"]
 
@@ -26,9 +30,49 @@ class DataInfo:
 
     name: str
     classes: tuple[str, ...]  # position is the class id; 0 is the background
+    channels: tuple[str, ...] = ("image",)  # what each channel shows; a 4D file holds as many, channels last
     licence: str = "unknown"
     citation: str = ""
     preset: str = "ct"  # how to prepare it: a name in `geometry.PRESETS`
     preset_changes: Mapping[str, Any] = field(default_factory=dict)
     tolerance_mm: tuple[float, ...] | None = None  # surface Dice tolerance per foreground class; None: 2 mm each
     defaults: Mapping[str, Any] = field(default_factory=dict)  # dotted settings that suit this data set
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A prepared volume in memory: its slices, stacked from the lowest to the highest."""
+
+    patient: str
+    volume: str
+    image: "Tensor"  # (d, c, h, w), storage dtype
+    label: "Tensor | None"  # (d, h, w) uint8, UNLABELLED where nobody annotated; None: no label at all
+    spacing_mm: tuple[float, float, float]  # between rows, columns, slices
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of the evaluation: NaN where the class is absent in both, infinite for the distance of a missed class."""
+
+    patient: str
+    volume: str
+    part: Part
+    class_name: str
+    metric: str  # "dice", "hd95_mm", "nsd", …
+    value: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning of a sweep, as the leaderboard sees it."""
+
+    arm: str
+    pretraining: int  # which of the arm's k pretrainings it started from
+    finetuning: int  # which of the m fine-tunings of that pretraining it is
+    by_patient: Mapping[str, float]  # the metric, mean over classes, of each test patient; NaN where undefined
+
+    @property
+    def score(self) -> float:
+        """Mean over patients, NaN left out."""
+        defined = [value for value in self.by_patient.values() if not math.isnan(value)]
+        return sum(defined) / len(defined) if defined else math.nan
