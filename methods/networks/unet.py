@@ -1,0 +1,131 @@
+"""U-Net: a contracting path that says what, an expanding path that says where, and skips that join them.
+
+Ronneberger, Fischer and Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015,
+https://arxiv.org/abs/1505.04597. In two or three dimensions.
+
+    level l = 0 … L-1     a map of width · 2^l channels at 1 / 2^l of the resolution
+    encoder               two convolutions per level, max-pooling between levels
+    decoder               2x2 up-convolution, concatenation with the encoder's map of that level, two convolutions
+    head                  1x1 convolution to k logits
+
+Differences from the paper: convolutions are padded, so logits have the sides of the input; each is followed by a
+normalisation and a leaky rectifier, as in nnU-Net (Isensee et al. 2021, https://doi.org/10.1038/s41592-020-01008-z).
+Sides need not be multiples of 2^(L-1): pooling rounds up, and the decoder crops what it has up-sampled to the skip.
+
+The encoder is what pretraining trains and hands on.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from medssl.methods.gather import JointBatchNorm
+
+GROUPS = 8  # of group normalisation; Wu and He 2018 (https://arxiv.org/abs/1803.08494) find the number to matter little
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    width: int = 32  # channels of the finest level; doubles with every level (paper: 64)
+    levels: int = 5  # resolutions
+    spatial_dims: Literal[2, 3] = 2
+    norm: Literal["group", "instance", "batch"] = "group"  # see `normalisation`
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.levels) < 1:
+            raise ValueError(f"width is {self.width} and levels {self.levels}: expected at least 1")
+
+
+def normalisation(kind: str, channels: int, spatial_dims: int) -> nn.Module:
+    """A normalisation layer of `channels` features.
+
+    "group" is the default because one encoder is pretrained and fine-tuned. Its statistics belong to one slice, so they
+    depend neither on the batch (128 crops here, 4 windows there), nor on the number of workers, nor on the mode. The
+    habit in segmentation, "instance", has these virtues too, but centres every channel of the coarsest map, whose mean is
+    the very feature that pretraining compares: only the rectifier after it keeps that mean from being one constant for
+    all slices. How well a linear probe of it tells a slice's position (R² on held-out volumes of the hippocampus data):
+    0.85 with group and 0.43 with instance before training, 0.93 and 0.89 after 200 steps of SimSiam. On CPUs "instance"
+    also loses the channels-last layout. "batch" is joint over all workers.
+    """
+    if kind == "group":
+        return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+    if kind == "instance":
+        return (nn.InstanceNorm2d if spatial_dims == 2 else nn.InstanceNorm3d)(channels, affine=True)
+    return JointBatchNorm(channels)
+
+
+def block(inputs: int, outputs: int, config: Config) -> nn.Sequential:
+    """Twice 3x3 convolution, normalisation, leaky rectifier; the resolution stays."""
+    convolution = nn.Conv2d if config.spatial_dims == 2 else nn.Conv3d
+    layers: list[nn.Module] = []
+    for channels in (inputs, outputs):
+        layers += [
+            convolution(channels, outputs, kernel_size=3, padding=1, bias=False),  # the normalisation brings the bias
+            normalisation(config.norm, outputs, config.spatial_dims),
+            nn.LeakyReLU(0.01, inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """The contracting path: an image (n, c, h, w) to one map per level, from the finest to the coarsest.
+
+    channels   of each map, in the same order
+    """
+
+    def __init__(self, in_channels: int, config: Config):
+        super().__init__()
+        self.channels = tuple(config.width * 2**level for level in range(config.levels))
+        inputs = (in_channels, *self.channels[:-1])
+        self.blocks = nn.ModuleList(block(*ends, config) for ends in zip(inputs, self.channels, strict=True))
+        self.pool = (nn.MaxPool2d if config.spatial_dims == 2 else nn.MaxPool3d)(2, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = []
+        for stage in self.blocks:
+            maps.append(stage(self.pool(maps[-1]) if maps else x))
+        return maps
+
+
+class Decoder(nn.Module):
+    """The expanding path: the encoder's maps to one map (n, channels[0], h, w)."""
+
+    def __init__(self, channels: Sequence[int], config: Config):
+        super().__init__()
+        up = nn.ConvTranspose2d if config.spatial_dims == 2 else nn.ConvTranspose3d
+        ends = list(zip(channels[1:], channels[:-1], strict=True))[::-1]  # (coarse, fine), from the coarsest
+        self.ups = nn.ModuleList(up(coarse, fine, kernel_size=2, stride=2) for coarse, fine in ends)
+        self.blocks = nn.ModuleList(block(2 * fine, fine, config) for _, fine in ends)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        *skips, x = maps
+        for up, stage, skip in zip(self.ups, self.blocks, reversed(skips), strict=True):
+            crop = (..., *(slice(side) for side in skip.shape[2:]))  # an odd side was rounded up on the way down
+            x = stage(torch.cat([skip, up(x)[crop]], dim=1))
+        return x
+
+
+class UNet(nn.Module):
+    """A segmentation network whose `encoder` can be trained and moved apart from the rest.
+
+    in_channels   c of the input (n, c, h, w), or (n, c, d, h, w) with spatial_dims 3; any sides
+    classes       k of the logits (n, k, h, w), background included
+    """
+
+    def __init__(self, in_channels: int, classes: int, config: Config | None = None):
+        super().__init__()
+        config = config or Config()
+        self.encoder = Encoder(in_channels, config)
+        self.decoder = Decoder(self.encoder.channels, config)
+        self.head = (nn.Conv2d if config.spatial_dims == 2 else nn.Conv3d)(config.width, classes, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.decoder(self.encoder(x)))
+        return logits
+
+
+NETWORK = UNet

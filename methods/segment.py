@@ -1,0 +1,153 @@
+"""Segmentation as a method: supervised, semi-supervised and fine-tuning run through the same loop as pretraining.
+
+The loss is the sum of soft Dice and cross-entropy, "DiceCE": Milletari, Navab and Ahmadi, "V-Net", 3DV 2016,
+https://arxiv.org/abs/1606.04797, in the form of MONAI's DiceCELoss (softmax, background included, per-slice Dice):
+
+    y        one-hot label, p softmax of the logits            (n, k, s, s)
+    dice     mean over n and k of  1 - (2 Σ p y + ε) / (Σ p + Σ y + ε)
+    ce       mean over pixels of   - Σ_k y log p
+
+Pixels that nobody annotated take part in neither term. Semi-supervised methods add their terms as hooks.
+Defaults are the fine-tuning of the CT study (https://github.com/dittohed/exploring-ssl-for-ct): two crops per slice, half
+of them centred on foreground, a milder chain without zoom. Transfers: the whole network.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from medssl.methods import augment, gather, settings
+from medssl.methods.optimizers import decay_groups
+from medssl.methods.protocol import UNLABELLED, Batch, Loss, Method, Step, Views
+
+SMOOTH = 1e-5  # ε: a class absent from prediction and label has Dice 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(settings.Chain):
+    side: int | None = None  # pixels of a crop; None: 96, or less where the slices are smaller
+    crops: int = 2  # per slice and step
+    balanced: bool = True  # centre a crop on foreground or background, each half of the time; else anywhere
+    zoom_p: float = 0.0
+    flip_p: float = 0.25
+    rot90_p: float = 0.25
+    intensity_scale_p: float = 0.15
+    intensity_shift_p: float = 0.15
+    blur_p: float = 0.15
+    noise_p: float = 0.15
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crops < 1 or (self.side is not None and self.side < 1):
+            raise ValueError(f"crops is {self.crops} and side {self.side}: expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(settings.Training):
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 1e-3
+    end_lr: float = 5e-5
+    warmup: float = 10 / 225
+    epochs: float = 225
+    batch: int = 32  # slices; each gives `crops` views
+    weight_decay: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of the network, as hooks see it."""
+
+    views: Views
+    logits: Tensor  # (n, k, s, s), with their gradient
+
+
+class Hook(Protocol):
+    """A semi-supervised term. A hook with state (a teacher, a queue, a projector) is an nn.Module, so that it is saved."""
+
+    def terms(self, pass_: Pass, step: Step) -> dict[str, Tensor]:
+        """Weighted terms to add to the loss; none where they do not apply."""
+
+    def after_step(self, step: Step) -> None:
+        """What follows the optimizer."""
+
+
+class Segment(nn.Module):
+    """Trains `network`, which maps images (n, c, h, w) to logits (n, k, h, w)."""
+
+    def __init__(self, network: nn.Module, config: Config | None = None, hooks: Sequence[Hook] = ()):
+        super().__init__()
+        self.config = config or Config()
+        self.network = network
+        self.hooks = tuple(hooks)
+        self.hook_state = nn.ModuleList(hook for hook in self.hooks if isinstance(hook, nn.Module))
+
+    def augment(self, batch: Batch, rng: Generator) -> Views:
+        """`crops` labelled crops of every slice, each with its own draw of the chain."""
+        side = self.config.side
+        if side is None:
+            raise ValueError("segment: the side of a crop is not known; set method.side to a number of pixels")
+        image, label, size = (batch[key].repeat_interleave(self.config.crops, 0) for key in ("image", "label", "size"))
+        corner = augment.balanced_corners(label, size, side, rng) if self.config.balanced else anywhere(size, side, rng)
+        images, labels = augment.labelled_view(image, label, corner, side, self.config, rng)
+        return Views([images], [corner], [torch.full_like(corner, side)], labels)
+
+    def loss(self, views: Views, step: Step) -> Loss:
+        """Without a labelled pixel the supervised terms are 0, with gradients of 0: a shard or a batch may hold none."""
+        (images,), labels = views.images, views.labels
+        if labels is None:
+            raise ValueError("segment: these views carry no labels; make them with Segment.augment")
+        logits = self.network(images)
+        terms = {"dice": dice_loss(logits, labels), "cross_entropy": cross_entropy(logits, labels)}
+        for hook in self.hooks:
+            added = hook.terms(Pass(views, logits), step)
+            if shared := terms.keys() & added.keys():
+                raise ValueError(f"segment: two terms are named {', '.join(sorted(shared))}; give the hook's its own name")
+            terms |= added
+        labelled = (labels != UNLABELLED).float().mean()
+        return Loss(terms, {"labelled": labelled})
+
+    def after_step(self, step: Step) -> None:
+        for hook in self.hooks:
+            hook.after_step(step)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return decay_groups(self, weight_decay)
+
+    def transferable_state(self) -> dict[str, Tensor]:
+        return self.network.state_dict()
+
+
+def anywhere(size: Tensor, side: int, rng: Generator) -> Tensor:
+    """Corners (n, D) of crops of `side` pixels, uniform over all that lie in slices of `size` (n, D) pixels."""
+    choices = (size - side + 1).clamp(min=1)
+    u = torch.rand(size.shape, generator=rng, device=size.device, dtype=torch.float64)  # in float32, u·m may round to m
+    return (u * choices).long()
+
+
+def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Soft Dice loss, mean over the classes of every slice that has a label; 0 when none has.
+
+    logits   (n, k, *)
+    labels   (n, *) int64 class ids, UNLABELLED where unknown: such pixels count nowhere and get no gradient
+    """
+    p = logits.float().softmax(1)
+    known = (labels != UNLABELLED)[:, None]
+    y = torch.zeros_like(p).scatter_(1, labels[:, None].where(known, 0), known.to(p.dtype))
+    axes = tuple(range(2, p.dim()))
+    overlap, size = (p * y).sum(axes), (p * known).sum(axes) + y.sum(axes)  # (n, k)
+    loss = (1 - (2 * overlap + SMOOTH) / (size + SMOOTH)).mean(1)
+    labelled = known.flatten(1).any(1)
+    return gather.mean((loss * labelled).sum(), labelled.sum())
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, mean over labelled pixels; 0 when there is none. Shapes as in `dice_loss`."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=UNLABELLED, reduction="sum")
+    return gather.mean(total, (labels != UNLABELLED).sum())
+
+
+METHOD: type[Method] = Segment

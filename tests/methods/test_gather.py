@@ -1,0 +1,170 @@
+"""Two workers with a part of the batch each equal one worker with all of it: losses, averaged gradients, statistics.
+
+The parts are unequal on purpose (5 and 3 slices). This file is also the program of a worker: `test_gather.py RANK FOLDER`.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from medssl.methods import gather
+from medssl.methods.networks.unet import Config, UNet
+from medssl.methods.protocol import UNLABELLED, Step, Views
+from medssl.methods.segment import Segment
+from medssl.methods.simsiam import SimSiam
+
+PARTS = [slice(0, 5), slice(5, 8)]
+WHOLE = slice(0, 8)
+Objective = Callable[[slice], Tensor]
+
+
+class Whole(nn.Module):
+    """A module and its objective in one forward pass, as DDP wants it."""
+
+    def __init__(self, module: nn.Module, objective: Objective):
+        super().__init__()
+        self.module, self.objective = module, objective
+
+    def forward(self, part: slice) -> Tensor:
+        return self.objective(part)
+
+
+def simsiam() -> Whole:
+    from medssl.methods.simsiam import Config as Heads
+
+    encoder = UNet(1, 2, Config(width=4, levels=2, norm="batch")).encoder  # batch statistics of maps and of rows
+    method = SimSiam(encoder, Heads(side=8, d=16, bottleneck=8))
+    x1, x2 = torch.randn(2, 8, 1, 8, 8)
+    return Whole(method, lambda part: method.loss(Views([x1[part], x2[part]]), Step(0, 1)).total)
+
+
+def contrastive() -> Whole:
+    """A toy InfoNCE: each row finds its partner among the rows of everybody."""
+    layer = nn.Linear(6, 4)
+    x1, x2 = torch.randn(2, 8, 6)
+
+    def objective(part: slice) -> Tensor:
+        z1, z2 = layer(x1[part]), layer(x2[part])
+        keys, first = gather.rows(z2)
+        own = torch.arange(first, first + len(z1))
+        return gather.mean(F.cross_entropy(z1 @ keys.T, own, reduction="sum"), len(z1))
+
+    return Whole(layer, objective)
+
+
+def gathered_whole() -> Whole:
+    """A loss that every worker computes over all gathered rows."""
+    layer = nn.Linear(6, 4)
+    x = torch.randn(8, 6)
+    return Whole(layer, lambda part: gather.rows(layer(x[part]))[0].T.cov().square().sum())
+
+
+def segment() -> Whole:
+    """The second worker's slices have no label at all, the first's have unequal shares."""
+    method = Segment(UNet(1, 3, Config(width=4, levels=2)))
+    images, labels = torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8, 8, 8))
+    labels[1, :5] = labels[3] = labels[5:] = UNLABELLED
+    return Whole(method, lambda part: method.loss(Views([images[part]], labels=labels[part]), Step(0, 1)).total)
+
+
+CASES: dict[str, Callable[[], Whole]] = {
+    "simsiam": simsiam,
+    "contrastive": contrastive,
+    "gathered_whole": gathered_whole,
+    "segment": segment,
+}
+
+
+def run(case: str, part: slice) -> dict[str, Tensor]:
+    """Loss, gradients and buffers of one step over `part`."""
+    torch.manual_seed(0)
+    model = CASES[case]()
+    parallel = DistributedDataParallel(model) if dist.is_initialized() else model  # must outlive the backward pass
+    loss = parallel(part)
+    loss.backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | gradients | dict(model.named_buffers())
+
+
+@pytest.fixture(scope="module")
+def by_workers(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
+    folder = tmp_path_factory.mktemp("workers")
+    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in (0, 1)]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"{rank}.result") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_with_parts_equal_one_with_the_whole(case, by_workers):
+    joint = run(case, WHOLE)
+    first, second = (results[case] for results in by_workers)
+    torch.testing.assert_close((first["loss"] + second["loss"]) / 2, joint["loss"], rtol=1e-5, atol=1e-6)
+    for worker in (first, second):
+        assert worker.keys() == joint.keys()
+        for key in joint.keys() - {"loss"}:
+            torch.testing.assert_close(worker[key], joint[key], rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (3, 4, 5, 2), (2, 4, 3, 2, 2)])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_joint_statistics_of_one_worker_are_those_of_torch(shape, momentum, monkeypatch):
+    """The formula that combines workers, fed with one, against nn.BatchNorm: output, gradient, running statistics."""
+    torch.manual_seed(0)
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+    ours, theirs = gather.JointBatchNorm(4, momentum=momentum), kind(4, momentum=momentum)
+    xs = [torch.randn(shape, requires_grad=True) for _ in range(2)]
+    xs[1].data.copy_(xs[0].data)
+    weight = torch.randn(shape)
+    for _ in range(2):
+        out = ours._joint(xs[0]), theirs(xs[1])
+        torch.testing.assert_close(*out)
+        for y in out:
+            (y * weight).sum().backward()
+    torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=1e-4, atol=1e-5)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+    torch.testing.assert_close(ours.eval()(xs[0]), theirs.eval()(xs[1]))
+
+
+def test_gathering_outside_a_group_is_the_identity():
+    x = torch.randn(3, 2, requires_grad=True)
+    assert gather.workers() == 1
+    assert gather.rows(x) == (x, 0)
+    torch.testing.assert_close(gather.mean(x.sum(), x.numel()), x.mean())
+
+
+def test_a_mean_over_nothing_is_zero_with_a_gradient_of_zero():
+    x = torch.zeros(0, 2, requires_grad=True)
+    total = gather.mean(x.sum(), 0)
+    total.backward()
+    assert total == 0
+
+
+def test_a_batch_without_variance_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"1 slice.* no variance .*larger batch"):
+        gather.JointBatchNorm(4)(torch.randn(1, 4))
+
+
+def work(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save({case: run(case, PARTS[rank]) for case in CASES}, folder / f"{rank}.result")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), Path(sys.argv[2]))

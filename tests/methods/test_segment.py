@@ -1,0 +1,180 @@
+"""The loss is MONAI's DiceCE where everything is labelled, and what nobody labelled has no say."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from medssl.methods.networks.unet import Config as UNetConfig
+from medssl.methods.networks.unet import UNet
+from medssl.methods.protocol import UNLABELLED, Step, Views
+from medssl.methods.segment import Config, Segment, Training, anywhere, cross_entropy, dice_loss
+
+STEP = Step(0, 10)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def drawn(*sides: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (4, 3, *sides) with a gradient, and labels without the class 2 in the first slice."""
+    logits = torch.randn(4, 3, *sides, generator=rng()).mul_(3).requires_grad_()
+    labels = torch.randint(0, 3, (4, *sides), generator=rng(1))
+    labels[0].clamp_(max=1)
+    return logits, labels
+
+
+def segment(hooks=(), **settings) -> Segment:
+    torch.manual_seed(0)
+    return Segment(UNet(1, 3, UNetConfig(width=4, levels=2)), Config(**({"side": 8} | settings)), hooks)
+
+
+@pytest.mark.parametrize("sides", [(9, 7), (5, 4, 6)])
+def test_loss_and_gradient_equal_monais_dice_ce(sides):
+    from monai.losses import DiceCELoss
+
+    logits, labels = drawn(*sides)
+    ours = dice_loss(logits, labels) + cross_entropy(logits, labels)
+    theirs = DiceCELoss(softmax=True, to_onehot_y=True)(logits, labels[:, None])
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
+
+
+def test_dice_of_hand_drawn_masks():
+    """Three of four pixels right with certainty: class 0 overlaps 1 of (2 + 1), class 1 overlaps 2 of (2 + 3)."""
+    labels = torch.tensor([[[0, 0, 1, 1]]])
+    prediction = torch.tensor([[[0, 1, 1, 1]]])
+    logits = 100.0 * nn.functional.one_hot(prediction, 2).movedim(-1, 1)
+    expected = ((1 - 2 * 1 / 3) + (1 - 2 * 2 / 5)) / 2
+    assert float(dice_loss(logits, labels)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("term", [dice_loss, cross_entropy])
+def test_unlabelled_pixels_have_no_say_and_no_gradient(term):
+    logits, labels = drawn(9, 7)
+    labels[1, :4] = labels[2] = UNLABELLED
+    (gradient,) = torch.autograd.grad(term(logits, labels), logits)
+    unknown = (labels == UNLABELLED)[:, None].expand_as(gradient)
+    assert not gradient[unknown].any()
+    assert gradient[~unknown].all()
+    changed = torch.where(unknown, torch.randn_like(logits), logits)
+    torch.testing.assert_close(term(changed, labels), term(logits, labels), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("term", [dice_loss, cross_entropy])
+def test_a_loss_over_partly_labelled_slices_is_that_of_their_labelled_part(term):
+    logits, labels = drawn(8, 6)
+    part = term(logits[..., :3], labels[..., :3])
+    labels[..., 3:] = UNLABELLED
+    torch.testing.assert_close(term(logits, labels), part)
+
+
+def test_a_batch_without_labels_has_loss_zero_and_gradients_of_zero():
+    method = segment()
+    views = Views([torch.randn(2, 1, 8, 8)], labels=torch.full((2, 8, 8), UNLABELLED))
+    loss = method.loss(views, STEP)
+    loss.total.backward()
+    assert loss.total.detach() == 0
+    assert float(loss.monitors["labelled"]) == 0
+    assert all(p.grad is not None and not p.grad.any() for p in method.parameters())
+
+
+def batch(n: int = 3) -> dict[str, torch.Tensor]:
+    """Slices whose pixels tell their place, labelled by that value, the last row and column being padding."""
+    image = torch.arange(20 * 15, dtype=torch.float32).reshape(1, 1, 20, 15).repeat(n, 1, 1, 1)
+    label = (image[:, 0].long() % 3).to(torch.uint8)
+    label[:, 19], label[:, :, 14] = UNLABELLED, UNLABELLED
+    return {"image": image, "label": label, "size": torch.tensor([[19, 14]]).repeat(n, 1)}
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_labels_move_with_their_image(balanced):
+    """With a chain that moves pixels and changes none, label = pixel mod 3 holds everywhere in every view."""
+    still = {"intensity_scale_p": 0.0, "intensity_shift_p": 0.0, "blur_p": 0.0, "noise_p": 0.0, "flip_p": 0.5, "rot90_p": 0.5}
+    views = segment(crops=4, balanced=balanced, **still).augment(batch(), rng())
+    assert views.images[0].shape == (12, 1, 8, 8)
+    assert views.labels.dtype == torch.int64
+    torch.testing.assert_close(views.images[0][:, 0].long() % 3, views.labels)
+    assert len(views.corners[0].unique(dim=0)) > 1
+
+
+def test_crops_anywhere_are_uniform_over_the_corners_that_fit():
+    corner = anywhere(torch.tensor([[10, 9]]).expand(6000, 2), 8, rng())
+    counts = torch.bincount(corner[:, 0] * 2 + corner[:, 1])
+    assert len(counts) == 6  # three rows, two columns
+    assert ((counts - 1000).abs() < 5 * (1000 * 5 / 6) ** 0.5).all()
+    assert not anywhere(torch.tensor([[5, 8]]), 8, rng()).any()
+
+
+class Consistency(nn.Module):
+    """A toy hook with state: pulls the logits to a vector that it learns, and counts its steps."""
+
+    def __init__(self, name: str = "consistency"):
+        super().__init__()
+        self.name, self.centre = name, nn.Parameter(torch.zeros(3))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def terms(self, pass_, step):
+        return {self.name: (pass_.logits - self.centre.view(1, -1, 1, 1)).square().mean()}
+
+    def after_step(self, step):
+        self.steps += 1
+
+
+class Stateless:
+    def terms(self, pass_, step):
+        return {} if step.index == 0 else {"later": pass_.logits.mean()}
+
+    def after_step(self, step):
+        pass
+
+
+def test_hooks_add_their_terms_and_their_state_is_saved():
+    method = segment(hooks=(Stateless(), Consistency()))
+    views = method.augment(batch(), rng())
+    assert method.loss(views, STEP).terms.keys() == {"dice", "cross_entropy", "consistency"}
+    assert method.loss(views, Step(1, 10)).terms.keys() == {"dice", "cross_entropy", "consistency", "later"}
+    method.after_step(STEP)
+    saved = method.state_dict()
+    assert {key: int(value) for key, value in saved.items() if key.endswith("steps")} == {"hook_state.0.steps": 1}
+    trained = [id(p) for group in method.parameter_groups(0.0) for p in group["params"]]
+    assert id(method.hooks[1].centre) in trained
+
+
+def test_what_fine_tuning_hands_on_is_the_network_without_hooks():
+    method = segment(hooks=(Consistency(),))
+    assert method.transferable_state().keys() == method.network.state_dict().keys()
+
+
+def test_two_terms_of_one_name_are_refused():
+    method = segment(hooks=(Consistency("dice"),))
+    with pytest.raises(ValueError, match="two terms are named dice"):
+        method.loss(method.augment(batch(), rng()), STEP)
+
+
+def test_an_unresolved_side_is_refused():
+    with pytest.raises(ValueError, match=r"side of a crop is not known; set method\.side"):
+        segment(side=None).augment(batch(), rng())
+
+
+def test_defaults_are_the_fine_tuning_of_the_study():
+    chosen = dataclasses.asdict(Config())
+    milder = {f"{operation}_p": 0.15 for operation in ("blur", "intensity_scale", "intensity_shift", "noise")}
+    expected = milder | {"flip_p": 0.25, "rot90_p": 0.25, "zoom_p": 0.0, "crops": 2, "balanced": True}
+    assert {key: chosen[key] for key in expected} == expected
+    training = dataclasses.asdict(Training())
+    expected = {"optimizer": "adamw", "lr": 1e-3, "end_lr": 5e-5, "epochs": 225, "batch": 32, "weight_decay": 1e-5}
+    assert {key: training[key] for key in expected} == expected
+    assert training["warmup"] * training["epochs"] == pytest.approx(10)
+
+
+def test_half_precision_logits_give_the_loss_of_their_full_precision():
+    logits, labels = drawn(9, 7)
+    half = logits.detach().bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(dice_loss(half, labels), dice_loss(half.float(), labels))
+    assert cross_entropy(half, labels).dtype == torch.float32
