@@ -1,0 +1,225 @@
+"""The configuration of a run: files stacked left to right, dotted overrides, every key and type checked before anything starts.
+
+    data       which prepared set, how many labelled patients
+    network    name (a file of methods/networks/) and its settings
+    pretrain   name (a file of methods/) and its settings, `training` below it; null: from scratch
+    finetune   the same, for the supervised stage
+    evaluate   how volumes are predicted and scored
+    resources  where and how often, without effect on results
+
+`-p a.yaml -p b.yaml` stacks mappings; `-o pretrain.training.lr=0.05` sets one key. Torch is never imported here.
+"""
+
+import dataclasses
+import hashlib
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from medssl.methods.settings import Training
+from medssl.platform import find
+from medssl.platform.errors import UsageError
+
+RESULTS_VERSION = 1  # raised whenever a change alters results: every stage's hash holds it (CHANGELOG says why)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    name: str = "phantom"  # a data set of platform/datasets/, a prepared set, or a folder of scans
+    labelled: int | None = None  # labelled training patients that fine-tuning may use; None: all
+    split: str = "seed-0"  # a file of the prepared set's splits/; seed-N is drawn by patients on first use
+    stream: Literal["auto", "node", "ray"] = "auto"  # one copy in memory per node, or streamed from disk by Ray Data
+
+    def __post_init__(self) -> None:
+        if self.labelled is not None and self.labelled < 1:
+            raise ValueError(f"labelled is {self.labelled}: at least 1 labelled patient, or null for all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    inference: Literal["window", "whole"] = "window"  # sliding windows of the training crop's side, or whole slices
+    overlap: float = 0.25  # of neighbouring windows, as a fraction of their side (CT study)
+    metric: Literal["dice", "legacy-slice-dice"] = "dice"  # what selects a checkpoint and ranks arms
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap is {self.overlap}: expected 0 <= overlap < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What only moves work around. Of these, `workers` alone enters a stage's hash: each worker draws its own views."""
+
+    workers: int = 1  # data-parallel processes of one stage
+    cpus: int = 1  # cores of each worker
+    gpus: float | None = None  # GPUs of each worker, fractions share one; None: one where the cluster has GPUs, else none
+    checkpoint_seconds: float = 60.0  # between two checkpoints
+    retries: int = 2  # how often a stage whose machine died is tried again
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.cpus < 1 or self.retries < 0 or (self.gpus or 0) < 0:
+            raise ValueError("workers and cpus are at least 1, gpus and retries at least 0")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named piece with its settings: a network, a pretraining method, the fine-tuning."""
+
+    name: str
+    settings: Any
+    training: Training | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One arm's configuration, checked and whole."""
+
+    data: Data
+    network: Part
+    pretrain: Part | None
+    finetune: Part
+    evaluate: Evaluate
+    resources: Resources
+    seed: int = 0
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the tree it was built from
+
+    def tree(self) -> dict[str, Any]:
+        """Every setting, defaults included, as plain values."""
+
+        def part(value: Part | None) -> dict[str, Any] | None:
+            if value is None:
+                return None
+            training = {"training": dataclasses.asdict(value.training)} if value.training else {}
+            return {"name": value.name, **dataclasses.asdict(value.settings), **training}
+
+        return {
+            "seed": self.seed,
+            "data": dataclasses.asdict(self.data),
+            "network": part(self.network),
+            "pretrain": part(self.pretrain),
+            "finetune": part(self.finetune),
+            "evaluate": dataclasses.asdict(self.evaluate),
+            "resources": dataclasses.asdict(self.resources),
+        }
+
+
+BASE: dict[str, Any] = {"network": {"name": "unet"}, "pretrain": {"name": "simsiam"}, "finetune": {"name": "segment"}}
+
+
+def stack(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merge nested mappings, later ones winning. A section given as a name (`pretrain: byol`) means `{name: byol}`."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key in ("network", "pretrain", "finetune") and isinstance(value, str):
+                value = {"name": value}
+            if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+                merged[key] = stack([merged[key], value])
+            else:
+                merged[key] = stack([value]) if isinstance(value, Mapping) else value
+    return merged
+
+
+def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} as {"a": {"b": 1}}."""
+    tree: dict[str, Any] = {}
+    for name, value in dotted.items():
+        *heads, last = name.split(".")
+        layer: dict[str, Any] = {last: value}
+        for head in reversed(heads):
+            layer = {head: layer}
+        tree = stack([tree, layer])
+    return tree
+
+
+def override(text: str) -> tuple[str, Any]:
+    """One `-o key=value` as (dotted name, YAML value)."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f'-o "{text}": expected key=value, as in -o pretrain.training.lr=0.05')
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f'-o "{text}": {value!r} is not a YAML value') from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A `-p` file."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError as error:
+        raise UsageError(f"-p {path}: no such file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"-p {path}: not a YAML file ({str(error).splitlines()[0]})") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"-p {path}: expected a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
+def build(tree: Mapping[str, Any]) -> Experiment:
+    """Check a whole tree. Raises UsageError that names the dotted key, what was expected, and the nearest known key."""
+    tree = stack([BASE, tree])
+    known = {entry.name for entry in dataclasses.fields(Experiment)} - {"given"}
+    for key in tree:
+        if key not in known:
+            raise UsageError(f'unknown section "{key}"; {find.nearest(key, known)}')
+    seed = tree.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UsageError(f"seed: expected a whole number, got {seed!r}")
+    return Experiment(
+        data=_dataclass(Data, tree.get("data") or {}, "data"),
+        network=_part("network", "network", tree["network"]),
+        pretrain=None if tree["pretrain"] is None else _part("method", "pretrain", tree["pretrain"]),
+        finetune=_part("method", "finetune", tree["finetune"]),
+        evaluate=_dataclass(Evaluate, tree.get("evaluate") or {}, "evaluate"),
+        resources=_dataclass(Resources, tree.get("resources") or {}, "resources"),
+        seed=seed,
+        given=tree,
+    )
+
+
+def _part(kind: str, section: str, tree: Any) -> Part:
+    if not isinstance(tree, Mapping) or not isinstance(tree.get("name"), str):
+        raise UsageError(f"{section}: expected a mapping with a name, got {tree!r}")
+    name = tree["name"]
+    beside = ("name", "training") if kind == "method" else ("name",)
+    values = {key: value for key, value in tree.items() if key not in beside}
+    settings = _dataclass(find.settings(kind, name), values, section, beside)
+    if kind == "network":
+        return Part(name, settings)
+    training = _dataclass(find.settings(kind, name, "Training"), tree.get("training") or {}, f"{section}.training")
+    return Part(name, settings, training)
+
+
+def _dataclass(cls: type, values: Any, section: str, beside: tuple[str, ...] = ()) -> Any:
+    """An instance of a settings dataclass from plain values."""
+    import pydantic
+
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{section}: expected a mapping of settings, got {values!r}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [entry.name for entry in dataclasses.fields(cls)]
+    checked = {}
+    for key, value in values.items():
+        if key not in names:
+            raise UsageError(f'unknown key "{section}.{key}"; {find.nearest(key, [*names, *beside])}')
+        try:
+            checked[key] = pydantic.TypeAdapter(hints[key]).validate_python(value)
+        except pydantic.ValidationError as error:
+            raise UsageError(f"{section}.{key}: {error.errors()[0]['msg'].lower()}, got {value!r}") from error
+    try:
+        return cls(**checked)
+    except ValueError as error:  # out of range: the settings check themselves
+        raise UsageError(f"{section}: {error}") from error
+
+
+def digest(value: Any) -> str:
+    """Content hash of plain values: 12 hexadecimal digits of SHA-256 over canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]

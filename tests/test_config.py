@@ -1,0 +1,90 @@
+"""Settings: stacked left to right, checked whole before anything starts, named in the error that refuses them."""
+
+import dataclasses
+
+import pytest
+
+from medssl.platform import config, find
+from medssl.platform.errors import UsageError
+
+
+def build(**dotted):
+    return config.build(config.nested({key.replace("__", "."): value for key, value in dotted.items()}))
+
+
+def test_later_files_win_and_mappings_merge():
+    tree = config.stack([{"pretrain": {"side": 32, "training": {"batch": 8}}}, {"pretrain": {"training": {"lr": 0.1}}}])
+    assert tree == {"pretrain": {"side": 32, "training": {"batch": 8, "lr": 0.1}}}
+
+
+def test_a_name_stands_for_its_section():
+    assert build(pretrain="simsiam").pretrain.name == "simsiam"
+
+
+def test_null_pretraining_is_from_scratch():
+    assert build(pretrain=None).pretrain is None
+    tree = config.stack([{"pretrain": {"side": 32}}, config.nested({"pretrain": None})])
+    assert config.build(tree).pretrain is None
+
+
+def test_the_tree_of_an_experiment_builds_the_same_experiment():
+    experiment = build(pretrain__iou=(0.0, 0.3), pretrain__ends="(]", network__width=8, data__labelled=2)
+    assert config.build(experiment.tree()) == experiment
+
+
+def test_defaults_are_those_of_the_files_themselves():
+    experiment = config.build({})
+    module = find.load("method", "simsiam")
+    assert dataclasses.asdict(experiment.pretrain.settings) == dataclasses.asdict(module.Config())
+    assert dataclasses.asdict(experiment.pretrain.training) == dataclasses.asdict(module.Training())
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"pretrian": {}}, r'unknown section "pretrian"; did you mean pretrain\?'),
+        ({"pretrain": {"name": "simsaim"}}, r'no method "simsaim" in methods/; did you mean simsiam\?'),
+        ({"network": {"name": "unit"}}, r'no network "unit".*did you mean unet\?'),
+        ({"pretrain": {"name": "simsiam", "iuo": [0, 1]}}, r'unknown key "pretrain.iuo"; did you mean iou\?'),
+        ({"pretrain": {"training": {"stepps": 3}}}, r'unknown key "pretrain.training.stepps"; did you mean steps\?'),
+        ({"network": {"training": {}}}, r'unknown key "network.training"'),
+        ({"pretrain": {"training": {"lr": "fast"}}}, r"pretrain.training.lr: .*valid number.*'fast'"),
+        ({"pretrain": {"training": {"lr": -1}}}, r"pretrain.training: lr is -1.* more than 0"),
+        ({"pretrain": {"iou": [0.6, 0.3]}}, r"pretrain: iou is \[0.6, 0.3\]: expected 0 <= low <= high <= 1"),
+        ({"pretrain": {"iou": [0.3, 0.3], "ends": "(]"}}, r"not empty"),
+        ({"pretrain": {"flip_p": 1.5}}, r"flip_p is 1.5: a probability"),
+        ({"data": {"labelled": 0}}, r"data: labelled is 0"),
+        ({"data": {"stream": "disk"}}, r"data.stream: .*'auto', 'node' or 'ray'"),
+        ({"evaluate": {"overlap": 1}}, r"evaluate: overlap is 1"),
+        ({"resources": {"workers": 0}}, r"resources: workers"),
+        ({"seed": "one"}, r"seed: expected a whole number"),
+        ({"pretrain": 3}, r"pretrain: expected a mapping with a name"),
+        ({"finetune": {"training": 3}}, r"finetune.training: expected a mapping"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_was_expected(tree, message):
+    with pytest.raises(UsageError, match=message):
+        config.build(tree)
+
+
+def test_an_override_is_a_dotted_name_and_a_yaml_value():
+    assert config.override("pretrain.iou=[0.1, 0.2]") == ("pretrain.iou", [0.1, 0.2])
+    assert config.override("pretrain=null") == ("pretrain", None)
+    with pytest.raises(UsageError, match="expected key=value"):
+        config.override("pretrain.iou")
+
+
+def test_a_settings_file_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        config.read(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(UsageError, match="expected a mapping of sections, found list"):
+        config.read(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(UsageError, match="not a YAML file"):
+        config.read(tmp_path / "broken.yaml")
+
+
+def test_a_digest_follows_content_alone():
+    assert config.digest({"a": 1, "b": (1, 2)}) == config.digest({"b": [1, 2], "a": 1})
+    assert config.digest({"a": 1}) != config.digest({"a": 2})
