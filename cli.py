@@ -1,0 +1,265 @@
+"""The command line. It parses words and prints answers; what is done lies in platform/. Torch and ray load inside commands."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medssl import __version__
+from medssl.platform.errors import RunError, UsageError
+
+app = typer.Typer(
+    name="medssl",
+    help="Did self-supervised pretraining really help your medical segmentation? Pretrain, fine-tune, repeat, and be told "
+    "what can and cannot be told apart.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Prepare, check and look at data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Files = Annotated[list[Path] | None, typer.Option("-p", "--preset", help="YAML files of settings, stacked left to right.")]
+Overrides = Annotated[list[str] | None, typer.Option("-o", "--override", help="One setting by dotted name: key=value.")]
+DataName = Annotated[str, typer.Option("--data", help="A data set, a prepared set, or a folder of scans.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that read volumes; default: one per core.")]
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on become one sentence and an exit code."""
+    try:
+        app()
+    except (UsageError, RunError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def _print(value: Any, as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(value, indent=1) if as_json else text)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices, memory, folders, and what this processor really executes."""
+    from medssl.platform import doctor
+
+    found = doctor.examine()
+    _print(found, as_json, doctor.describe(found))
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """The methods, networks, search spaces and data sets that can be named."""
+    from medssl.platform import find
+
+    kinds = {kind: {name: find.summary(kind, name) for name in find.names(kind)} for kind in find.FOLDERS}
+    lines = []
+    for kind, entries in kinds.items():
+        lines += [f"{kind}s ({find.FOLDERS[kind]}/)", *(f"  {name:<16} {text}" for name, text in entries.items())]
+    _print(kinds, as_json, "\n".join(lines))
+
+
+@data_app.command("list")
+def data_list(as_json: Json = False) -> None:
+    """Data sets that can be named, and those that are prepared."""
+    from medssl.platform import catalogue
+
+    entries = catalogue.entries()
+    _print(entries, as_json, catalogue.describe(entries))
+
+
+@data_app.command("prepare")
+def data_prepare(
+    source: Annotated[str, typer.Argument(help="A data set's name, or a folder of scans.")],
+    preset: Annotated[str | None, typer.Option(help="How to prepare: ct or mr; default: what the data set says.")] = None,
+    override: Annotated[list[str] | None, typer.Option("-o", help="One field of the preset: spacing_mm=[1,1,1].")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split by patients.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare anew where another preparation lies.")] = False,
+    workers: Workers = None,
+) -> None:
+    """Read volumes, resample, normalise, and store their slices with a split by patients."""
+    from medssl.platform import catalogue
+
+    changes = dict(map(catalogue.preset_change, override or []))
+    store = catalogue.prepare(
+        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, say=typer.echo
+    )
+    typer.echo(catalogue.summary(store))
+
+
+@data_app.command("check")
+def data_check(source: str, as_json: Json = False, workers: Workers = None) -> None:
+    """Look at every scan and report all that is wrong. Exit code 1 when something is."""
+    from medssl.platform import catalogue
+
+    problems = catalogue.check(source, workers=workers)
+    text = "\n".join(f"{problem.file}: {problem.what}" for problem in problems) or "no problem found"
+    _print([{"file": str(problem.file), "what": problem.what} for problem in problems], as_json, text)
+    if problems:
+        raise typer.Exit(1)
+
+
+@data_app.command("show")
+def data_show(
+    source: str,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("slices.png"),
+    volumes: Annotated[int, typer.Option(help="How many volumes.")] = 4,
+) -> None:
+    """Write a PNG of slices with the contours of their labels."""
+    from medssl.platform import catalogue, montage
+
+    store = catalogue.open_store(source, say=typer.echo)
+    montage.show(store, out, volumes)
+    typer.echo(str(out))
+
+
+@app.command()
+def pretrain(
+    method: Annotated[str, typer.Argument(help="A file of methods/.")],
+    data: DataName = "phantom",
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
+    files: Files = None,
+    overrides: Overrides = None,
+) -> None:
+    """Pretrain one encoder."""
+    from medssl.platform import single
+
+    typer.echo(single.pretrain(method, data, seed, files or [], overrides or [], say=typer.echo))
+
+
+@app.command()
+def finetune(
+    start: Annotated[str | None, typer.Option("--from", help="A pretraining's id; without it, from scratch.")] = None,
+    data: DataName = "phantom",
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
+    files: Files = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a segmentation network, from a pretraining or from scratch, and score it on the test patients."""
+    from medssl.platform import single
+
+    typer.echo(single.finetune(start, data, seed, files or [], overrides or [], say=typer.echo))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A fine-tuning's id.")],
+    pictures: Annotated[Path | None, typer.Option(help="Folder for pictures of the best and the worst test volume.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The scores of a finished fine-tuning, per class and patient, under the metric contract."""
+    from medssl.platform import single
+
+    for path in single.pictures(run, pictures) if pictures else ():
+        typer.echo(str(path), err=True)
+    summary = single.evaluate_run(run)
+    _print(summary, as_json, single.describe(summary))
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(help="A fine-tuning's id.")],
+    files: Annotated[list[Path], typer.Argument(help="NIfTI volumes.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the predicted label volumes.")],
+) -> None:
+    """Segment volumes; each answer lies in its input's own geometry."""
+    from medssl.platform import single
+
+    for path in single.predict(run, files, out, say=typer.echo):
+        typer.echo(str(path))
+
+
+@app.command()
+def sweep(
+    space: Annotated[str, typer.Argument(help="A file of search_spaces/, or a path to your own.")],
+    data: DataName = "phantom",
+    pretrainings: Annotated[int, typer.Option(min=1, help="Pretrainings per arm (k).")] = 2,
+    finetunings: Annotated[int, typer.Option(min=1, help="Fine-tunings of each pretraining (m).")] = 2,
+    search: Annotated[str, typer.Option(help="grid, tpe, gp or random.")] = "grid",
+    trials: Annotated[int, typer.Option(min=1, help="Arms that a searcher may ask for.")] = 20,
+    time_budget: Annotated[str | None, typer.Option(help="Stop after this long: 90s, 30m, 8h.")] = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: this machine.")] = None,
+    wanted: Annotated[float, typer.Option(help="The difference in the metric that would matter to you.")] = 0.01,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    files: Files = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run every arm of a question, repeats included, and print the leaderboard. Typed again, it does only what is missing."""
+    from medssl.platform import sweep as sweeps
+
+    request = sweeps.Request(space, data, pretrainings, finetunings, search, trials, tuple(files or ()), tuple(overrides or ()))
+    if dry_run:
+        typer.echo(sweeps.dry_run(request, say=typer.echo))
+        return
+    typer.echo(sweeps.run(request, time_budget=time_budget, address=address, wanted=wanted, say=typer.echo))
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(help="A sweep; default: the newest.")] = None, as_json: Json = False
+) -> None:
+    """What a sweep has finished, what is running, and how long it will take."""
+    from medssl.platform import watch
+    from medssl.platform.site import Site
+
+    site = Site.here()
+    state = watch.state(site, site.find_sweep(name))
+    _print(state, as_json, watch.describe(state))
+
+
+@app.command()
+def stop(name: Annotated[str | None, typer.Argument(help="A sweep; default: the newest.")] = None) -> None:
+    """Ask a running sweep to stop. Typing the sweep again continues it."""
+    from medssl.platform import watch
+    from medssl.platform.site import Site
+
+    typer.echo(watch.stop(Site.here().find_sweep(name)))
+
+
+@app.command()
+def leaderboard(
+    name: Annotated[str | None, typer.Argument(help="A sweep; default: the newest.")] = None,
+    output: Annotated[str, typer.Option("--format", help="table, paper, md, csv or json.")] = "table",
+    metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
+    wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
+) -> None:
+    """Arms with intervals, differences to the control, and what cannot be told apart.
+
+    The unit of evidence is the pretraining: with k pretrainings against k, the smallest p an exact test can give is
+    1/3 for k=2, 1/10 for k=3, 1/35 for k=4 and 1/126 for k=5.
+    """
+    from medssl.platform import sweep as sweeps
+
+    typer.echo(sweeps.leaderboard(name, output, metric, wanted))
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Files of platform/benches/; default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Speed as ratios: ours and a named rival in one run."""
+    from medssl.platform import bench as benches
+
+    rows = benches.run(names or [], say=lambda text: typer.echo(text, err=True))
+    _print([row.as_dict() for row in rows], as_json, benches.describe(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""TensorBoard and the log file of a stage: scalars, the first views, predictions."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medssl.methods.protocol import UNLABELLED, Batch, Method, Views
+from medssl.platform.records import Volume
+
+PALETTE = np.array(
+    [[0, 0, 0], [230, 60, 60], [60, 160, 230], [90, 200, 90], [240, 170, 40], [190, 90, 220], [60, 210, 200], [240, 120, 180]]
+)  # fmt: skip
+
+
+class Board:
+    """Writes under `folder`; with None (every worker but the first) it writes nothing."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def __enter__(self) -> Self:
+        if self.folder:
+            from tensorboardX import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+            self.log = (self.folder / "log.txt").open("a")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.folder:
+            self.writer.close()
+            self.log.close()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if self.folder:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+            rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+            self.log.write(json.dumps({"at": time.strftime("%H:%M:%S"), "step": step, **rounded}) + "\n")
+            self.log.flush()
+
+    def watching(self, batches: Callable[[int], Iterable[Batch]], method: Method) -> Callable[[int], Iterator[Batch]]:
+        """The same batches; the views that the first step would make of them are drawn on the way."""
+
+        def watched(start: int) -> Iterator[Batch]:
+            for number, batch in enumerate(batches(start)):
+                if self.folder and start == 0 and number == 0:
+                    few = {name: values[:8] for name, values in batch.items()}
+                    views = method.augment(few, torch.Generator(batch["image"].device).manual_seed(0))
+                    self.writer.add_image("views", side_by_side(views), 0, dataformats="HWC")
+                yield batch
+
+        return watched
+
+    def prediction(self, volume: Volume, predicted: Tensor, classes: Sequence[str]) -> None:
+        """The slice with most foreground: image, reference and prediction."""
+        if self.folder:
+            reference = volume.label if volume.label is not None else torch.full_like(predicted, UNLABELLED)
+            index = int(((reference != 0) & (reference != UNLABELLED)).flatten(1).sum(1).argmax())
+            image = _grey(volume.image[index, 0].float())
+            panels = [image, _painted(image, reference[index]), _painted(image, predicted[index])]
+            self.writer.add_image(f"prediction/{volume.volume}", np.concatenate(panels, 1), 0, dataformats="HWC")
+
+
+def side_by_side(views: Views) -> np.ndarray:
+    """A row per slice: its views, and its labels where there are any. (rows, columns, 3) uint8; 3D views show their middle."""
+    columns = [images[:, 0].float().cpu() for images in views.images]
+    rows = []
+    for row in range(len(columns[0])):
+        panels = [_grey(_flat(column[row])) for column in columns]
+        if views.labels is not None:
+            panels.append(_painted(panels[0], _flat(views.labels[row].cpu())))
+        rows.append(np.concatenate(panels, 1))
+    return np.concatenate(rows, 0)
+
+
+def _flat(image: Tensor) -> Tensor:
+    return image if image.dim() == 2 else image[..., image.shape[-1] // 2]
+
+
+def _grey(image: Tensor) -> np.ndarray:
+    low, high = image.min(), image.max()
+    grey = ((image - low) / (high - low).clamp(min=1e-6) * 255).byte().cpu().numpy()
+    return np.repeat(grey[..., None], 3, -1)
+
+
+def _painted(image: np.ndarray, label: Tensor) -> np.ndarray:
+    """`image` with every class half covered by its colour."""
+    ids = label.cpu().numpy().astype(int)
+    shown = (ids != 0) & (ids != UNLABELLED)
+    colours = PALETTE[1:][(ids - 1) % (len(PALETTE) - 1)]
+    return np.where(shown[..., None], (image.astype(int) + colours) // 2, image).astype(np.uint8)

@@ -1,0 +1,138 @@
+"""Data by name: a data set of platform/datasets/, a prepared set in the data folder, or a folder of scans."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medssl.platform import find, splits
+from medssl.platform.config import override
+from medssl.platform.errors import UsageError
+from medssl.platform.site import Site
+from medssl.platform.splits import Split
+from medssl.platform.store import Store
+
+Say = Callable[[str], None]
+
+
+def folder(source: str) -> Path:
+    """Where the prepared set of a source lies: the data folder, under the source's own name."""
+    return Site.here().data / Path(source).name
+
+
+def is_prepared(source: str) -> bool:
+    return (folder(source) / "manifest.json").exists()
+
+
+def open_store(source: str, say: Say) -> Store:
+    """The prepared set of a source, prepared now if it is not yet."""
+    return Store.open(folder(source)) if is_prepared(source) else prepare(source, say=say)
+
+
+def prepare(
+    source: str,
+    *,
+    preset: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    workers: int | None = None,
+    say: Say,
+) -> Store:
+    """Prepare a source and draw its split by patients."""
+    from medssl.platform import ingest
+
+    store = ingest.prepare(
+        _known(source),
+        folder(source),
+        preset=preset,
+        changes=changes,
+        workers=workers,
+        overwrite=overwrite,
+        progress=_telling(f"preparing {Path(source).name}", say),
+        map_unordered=ingest.in_processes,
+    )
+    split(store, f"seed-{seed}")
+    return store
+
+
+def _telling(what: str, say: Say) -> Callable[[int, int, str], None]:
+    """A line with the time that is left, now and then: at once, every ten seconds, and at the end."""
+    begun = told = time.monotonic()
+
+    def tell(done: int, total: int, of: str) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if done in (0, total) or now - told >= 10:
+            told = now
+            left = f", about {(now - begun) / done * (total - done):.0f} s left" if 0 < done < total else ""
+            say(f"{what}: {done} of {total} {of}{left}")
+
+    return tell
+
+
+def check(source: str, workers: int | None) -> Sequence[Any]:
+    """Everything that is wrong with the scans of a source, or with a prepared set."""
+    from medssl.platform import ingest
+
+    return ingest.check(_known(source), workers=workers)
+
+
+def _known(source: str) -> str:
+    """`source`, if there is such a data set or folder; UsageError with the nearest name otherwise."""
+    if source not in find.names("dataset") and not Path(source).is_dir() and not folder(source).is_dir():
+        known = [*find.names("dataset"), *(file.parent.name for file in Site.here().data.glob("*/manifest.json"))]
+        raise UsageError(f'no data set, prepared set or folder "{source}"; {find.nearest(source, known)}')
+    return source
+
+
+def split(store: Store, name: str) -> Split:
+    """A split of a prepared set by its name; `seed-N` is drawn on first use."""
+    kind, _, number = name.partition("-")
+    if kind == "seed" and number.isdecimal() and not (store.root / "splits" / f"{name}.json").exists():
+        splits.save(splits.make(store, int(number)), store)
+    return splits.load(store, name)
+
+
+def preset_change(text: str) -> tuple[str, Any]:
+    """One `-o` of `data prepare`; lists become tuples."""
+    name, value = override(text)
+    return name, tuple(value) if isinstance(value, list) else value
+
+
+def entries() -> dict[str, Any]:
+    """Data sets that can be named, and prepared ones with their counts."""
+    prepared = {}
+    for manifest in sorted(Site.here().data.glob("*/manifest.json")):
+        store = Store.open(manifest.parent)
+        prepared[manifest.parent.name] = {
+            "volumes": len(store.volumes),
+            "patients": len(store.patients),
+            "slices": sum(volume.slices for volume in store.volumes),
+            "classes": list(store.classes[1:]),
+            "licence": store.licence,
+            "content": store.content_hash,
+        }
+    return {"known": {name: find.summary("dataset", name) for name in find.names("dataset")}, "prepared": prepared}
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The same for people."""
+    lines = ["known by name"] + [f"  {name:<20} {text}" for name, text in found["known"].items()]
+    lines += [f"prepared in {Site.here().data}"]
+    for name, about in found["prepared"].items():
+        counts = f"{about['patients']} patients, {about['volumes']} volumes, {about['slices']} slices"
+        lines.append(f"  {name:<20} {counts}, {len(about['classes'])} classes, {about['licence']}")
+    return "\n".join(lines if found["prepared"] else [*lines, "  none yet: medssl data prepare phantom"])
+
+
+def summary(store: Store) -> str:
+    """What a prepared set holds, with its splits."""
+    slices = sum(volume.slices for volume in store.volumes)
+    counts = f"{len(store.volumes)} volumes of {len(store.patients)} patients, {slices} slices"
+    lines = [f"{store.root}: {counts}, content {store.content_hash}"]
+    for file in sorted((store.root / "splits").glob("*.json")):
+        parts = splits.load(store, file.stem)
+        train = f"{len(parts.train)} train ({len(parts.labelled)} labelled)"
+        lines.append(f"split {parts.name}: {train}, {len(parts.val)} val, {len(parts.test)} test patients")
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""One pretraining, one fine-tuning, one look at its scores, one prediction: what a sweep does many times, done once."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from medssl.platform import atomic, catalogue, checkpoint, config, evaluate, ledger, metrics, plan, stages, stream
+from medssl.platform.errors import UsageError
+from medssl.platform.plan import Chain
+from medssl.platform.site import Site
+from medssl.platform.splits import Split
+from medssl.platform.store import Store
+from medssl.platform.sweep import layers
+
+Say = Callable[[str], None]
+
+
+def pretrain(method: str, data: str, seed: int, files: Sequence[Path], overrides: Sequence[str], *, say: Say) -> str:
+    """Run or look up one pretraining; returns its id and how it ended."""
+    experiment, store, split = _experiment(data, files, overrides, {"pretrain": {"name": method}, "seed": seed}, say)
+    chain = plan.chain(method, 0, 0, experiment, store, split)
+    assert chain.pretraining is not None
+    done = stages.fulfil(stages.Job(chain, chain.pretraining, stages.Work(Site.here(), store.root, split)))
+    monitors = ", ".join(f"{name} {value:.3f}" for name, value in done["monitors"].items())
+    return f"{chain.pretraining.id}: {done['status']} after {done['step']} steps; {monitors}"
+
+
+def finetune(start: str | None, data: str, seed: int, files: Sequence[Path], overrides: Sequence[str], *, say: Say) -> str:
+    """Run or look up one fine-tuning, from a pretraining's id or from scratch; returns its id and test score."""
+    site, parent = Site.here(), None
+    tree: dict[str, Any] = {"pretrain": None, "seed": seed}
+    if start:
+        folder = site.find_stage(start)
+        run = json.loads((folder / "run.json").read_text())
+        if run["kind"] != "pretrain" or site.done(folder.name) is None:
+            raise UsageError(f"--from {start}: {folder.name} is not a finished pretraining")
+        parent = folder.name
+        tree["network"] = run["config"]["network"]
+    experiment, store, split = _experiment(data, files, overrides, tree, say)
+    stage = plan.finetuning(0, experiment.seed * 1000, parent, experiment, store, split)
+    chain = Chain(start or "from scratch", 0, experiment, None, (stage,))
+    done = stages.fulfil(stages.Job(chain, stage, stages.Work(site, store.root, split)))
+    return f"{stage.id}: validation {done['validation']:.3f}, test {done['test']:.3f} ({experiment.evaluate.metric})"
+
+
+def _experiment(
+    data: str, files: Sequence[Path], overrides: Sequence[str], last: dict[str, Any], say: Say
+) -> tuple[config.Experiment, Store, Split]:
+    tree = config.stack([layers(data, {}, tuple(files), tuple(overrides)), last])
+    config.build(tree)  # refuse what is wrong before any data are touched
+    store = catalogue.open_store(data, say=say)
+    experiment = config.build(config.stack([layers(data, store.defaults, tuple(files), tuple(overrides)), last]))
+    split = catalogue.split(store, experiment.data.split)
+    return plan.resolve(experiment, store, split), store, split
+
+
+def _finetuned(name: str) -> tuple[Path, config.Experiment, Store]:
+    """The folder, configuration and data of a finished fine-tuning."""
+    site = Site.here()
+    folder = site.find_stage(name)
+    run = json.loads((folder / "run.json").read_text())
+    if run["kind"] != "finetune" or not (folder / "done.json").exists():
+        raise UsageError(f"{folder.name} is not a finished fine-tuning")
+    return folder, config.build(run["config"]), Store.open(Path(run["store"]))
+
+
+def evaluate_run(name: str) -> dict[str, Any]:
+    """The scores of a finished fine-tuning as its ledger holds them, summed up by the metric contract."""
+    folder, _, store = _finetuned(name)
+    rows = ledger.scores(folder.parents[1], folder.name)
+    parts = {part: metrics.aggregate([row for row in rows if row.part == part]) for part in ("val", "test")}
+    return {
+        "run": folder.name,
+        "data": store.name,
+        "contract": metrics.CONTRACT,
+        **{part: dataclasses.asdict(summary) for part, summary in parts.items()},
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The test scores for people: means, then a line per class."""
+    test = summary["test"]
+    names = [name for name in test["mean"] if not name.endswith("_ml")]
+    width = max(map(len, [*test["by_class"]["dice"], "mean"])) if "dice" in test["by_class"] else 20
+    lines = [f"{summary['run']} on the test patients of {summary['data']}"]
+    lines.append(" ".join([" " * width, *(f"{name:>10}" for name in names)]))
+    classes = list(test["by_class"][names[0]]) if names else []
+    for label in classes:
+        values = (test["by_class"][name].get(label, float("nan")) for name in names)
+        lines.append(" ".join([f"{label:<{width}}", *(f"{value:10.3f}" for value in values)]))
+    lines.append(" ".join([f"{'mean':<{width}}", *(f"{test['mean'][name]:10.3f}" for name in names)]))
+    lines.append(f"{test['absent']} absent, {test['missed']} missed, {test['hallucinated']} hallucinated")
+    return "\n".join([*lines, summary["contract"]])
+
+
+def _trained(folder: Path, experiment: config.Experiment, store: Store) -> Any:
+    """The network that a fine-tuning left."""
+    network = stages.network(experiment, store.channels, len(store.classes))
+    network.load_state_dict(checkpoint.load(folder / "best.pt")["network"])
+    return network
+
+
+def pictures(name: str, out: Path) -> list[Path]:
+    """PNGs of the best and the worst test volume of a fine-tuning, reference and prediction outlined."""
+    import matplotlib.image
+
+    folder, experiment, store = _finetuned(name)
+    network, metric = _trained(folder, experiment, store), experiment.evaluate.metric
+    rows = [row for row in ledger.scores(folder.parents[1], folder.name) if row.part == "test" and row.metric == metric]
+    by_volume = {volume: metrics.aggregate([row for row in rows if row.volume == volume]).mean[metric] for volume in
+                 {row.volume for row in rows}}  # fmt: skip
+    ranked = sorted((volume for volume, value in by_volume.items() if value == value), key=lambda volume: by_volume[volume])
+    patients = {row.volume: row.patient for row in rows}
+    written = []
+    for which, volume in (("worst", ranked[0]), ("best", ranked[-1])):
+        slices = stream.Slices.read(store, patients=[patients[volume]])
+        prepared = next(each for each in slices.volumes() if each.volume == volume)
+        side, overlap = stages.window(experiment), experiment.evaluate.overlap
+        predicted = evaluate.infer(network, prepared, side=side, overlap=overlap)
+        path = out / f"{which}-{volume}.png"
+        image = evaluate.picture(prepared, predicted)
+        atomic.write(path, lambda file, image=image: matplotlib.image.imsave(file, image, format="png"))
+        written.append(path)
+    return written
+
+
+def predict(name: str, files: Sequence[Path], out: Path, *, say: Say) -> list[Path]:
+    """Segment volumes with a finished fine-tuning."""
+    from medssl.platform import predict as prediction
+
+    folder, experiment, store = _finetuned(name)
+    network = _trained(folder, experiment, store)
+    return prediction.predict(
+        network,
+        store.classes,
+        store.preset,
+        files,
+        out,
+        side=stages.window(experiment),
+        overlap=experiment.evaluate.overlap,
+        channels=store.channels,
+        progress=say,
+    )

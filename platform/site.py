@@ -1,0 +1,113 @@
+"""Where things lie: prepared data, stages, scores, sweeps; and what is finished.
+
+    data/<set>/                        manifest.json, slices/, splits/                         (MEDSSL_DATA, default ./data)
+    runs/stages/<method>-<hash>/       run.json, checkpoint.pt, done.json, log.txt, tensorboard/   (MEDSSL_RUNS, default ./runs)
+    runs/scores/<stage>.parquet        one file per scored fine-tuning
+    runs/sweeps/<space>-<set>-<hash>/  sweep.json, study.db, arms.json, leaderboard.*, log.txt
+
+A stage is finished when its done.json exists; it is written last. The folder's lock belongs to the process that works on it.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medssl import __version__
+from medssl.platform import atomic, find
+from medssl.platform.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Site:
+    data: Path
+    runs: Path
+
+    @classmethod
+    def here(cls) -> "Site":
+        """The folders that the environment names, absolute: workers start elsewhere."""
+        return cls(
+            data=Path(os.environ.get("MEDSSL_DATA", "data")).absolute(),
+            runs=Path(os.environ.get("MEDSSL_RUNS", "runs")).absolute(),
+        )
+
+    def stage(self, identity: str) -> Path:
+        return self.runs / "stages" / identity
+
+    def done(self, identity: str) -> dict[str, Any] | None:
+        """What a finished stage left, or None."""
+        try:
+            return json.loads((self.stage(identity) / "done.json").read_text())
+        except FileNotFoundError:
+            return None
+
+    def finished(self) -> set[str]:
+        """The ids of all finished stages."""
+        return {file.parent.name for file in (self.runs / "stages").glob("*/done.json")}
+
+    def find_stage(self, name: str) -> Path:
+        """A stage's folder by its id, an unambiguous beginning of it, or a path."""
+        if (Path(name) / "run.json").is_file():
+            return Path(name).absolute()
+        known = sorted(file.parent.name for file in (self.runs / "stages").glob("*/run.json"))
+        hits = [identity for identity in known if identity == name] or [entry for entry in known if entry.startswith(name)]
+        if len(hits) != 1:
+            what = f"no run {name!r}" if not hits else f"{name!r} begins {len(hits)} runs"
+            raise UsageError(f"{what} in {self.runs / 'stages'}; {find.nearest(name, known or ['none yet'])}")
+        return self.stage(hits[0])
+
+    def find_sweep(self, name: str | None) -> Path:
+        """A sweep's folder by its name or the beginning of it; the newest one when no name is given."""
+        known = sorted((self.runs / "sweeps").glob("*/sweep.json"), key=lambda file: file.stat().st_mtime)
+        hits = [file for file in known if name is None or file.parent.name.startswith(name)]
+        if not hits:
+            names = [file.parent.name for file in known]
+            missing = f"no sweep {name!r}" if name else "no sweep yet"
+            raise UsageError(f"{missing} in {self.runs / 'sweeps'}; {find.nearest(name or '', names or ['none yet'])}")
+        return hits[-1].parent
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, machine and commit, written beside every run."""
+    packages = ["torch", "ray", "optuna", "pyarrow", "monai", "numpy", "scipy", "nibabel"]
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    git = subprocess.run(["git", "-C", str(find.ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "medssl": __version__,
+        "commit": git.stdout.strip() or "unknown",
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
+        "command": " ".join(["medssl", *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+class Progress:
+    """A stage's progress file: rewritten at most once a second, read by whoever shows the sweep."""
+
+    def __init__(self, folder: Path, total: int):
+        self.file, self.total, self.last = folder / "progress.json", total, 0.0
+        self.begun: float | None = None
+        self.first = 0
+
+    def show(self, step: int, text: str) -> None:
+        """`step` steps are done. The first call says where this process began."""
+        now = time.time()
+        if self.begun is None:
+            self.begun, self.first = now, step
+        if now - self.last >= 1 or step >= self.total:
+            self.last = now
+            seen = {"step": step, "from": self.first, "total": self.total, "text": text, "begun": self.begun, "at": now}
+            atomic.write_json(self.file, seen)
