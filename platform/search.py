@@ -6,6 +6,7 @@ sweep's folder, readable by optuna-dashboard) is a view of it that is put right 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,22 +44,22 @@ def open_study(folder: Path, kind: Kind, seed: int) -> "optuna.Study":
     from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    samplers = {
-        "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # unused: every grid arm is enqueued by name
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True),
-        "gp": lambda: optuna.samplers.GPSampler(seed=seed),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-    }
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    grid = kind == "grid"
     study = optuna.create_study(
         study_name=folder.name,
         storage=f"sqlite:///{folder / 'study.db'}",
         direction="maximize",
         load_if_exists=True,
-        sampler=samplers[kind](),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0)
-        if kind != "grid"
-        else optuna.pruners.NopPruner(),
+        pruner=optuna.pruners.NopPruner() if grid else optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0),
     )
+    seed += len(study.get_trials(deepcopy=False))  # a continued search must not draw its first points again
+    if kind == "tpe":
+        study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
+    elif kind == "gp":
+        study.sampler = optuna.samplers.GPSampler(seed=seed)
+    else:  # a grid's arms are enqueued by name: nothing is drawn
+        study.sampler = optuna.samplers.RandomSampler(seed=seed)
     for lost in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(lost.number, state=TrialState.FAIL)
         study.enqueue_trial(lost.params)

@@ -1,0 +1,241 @@
+"""From a command line to a leaderboard, on real NIfTI files, with processes killed on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from medssl.platform import catalogue, sweep
+from medssl.platform.datasets import phantom
+from medssl.platform.errors import UsageError
+from medssl.platform.site import Site
+
+SPACE = """
+QUESTION = "Does overlap matter?"
+CONTROL = "from scratch"
+
+def arms():
+    return {"from scratch": {"pretrain": None}, "any": {"pretrain.iou": None}, "middle": {"pretrain.iou": (0.3, 0.6)}}
+
+def suggest(trial):
+    low = trial.suggest_float("low", 0.0, 0.5)
+    return {"pretrain.iou": (low, low + 0.4)}
+"""
+SMALL = {
+    "network": {"width": 4, "levels": 3},
+    "pretrain": {"side": 16, "d": 16, "bottleneck": 8, "training": {"steps": 30, "batch": 8}},
+    "finetune": {"side": 32, "training": {"steps": 12, "batch": 4, "evaluations": 2}},
+    "evaluate": {"inference": "whole"},
+    "resources": {"checkpoint_seconds": 0.05},
+}
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory) -> Path:
+    """A prepared folder of ten small phantoms, in a data folder of its own."""
+    data = tmp_path_factory.mktemp("data")
+    phantom.generate(tmp_path_factory.mktemp("scans") / "tiny", patients=10)
+    source = next(tmp_path_factory.getbasetemp().glob("scans*/tiny"))
+    previous = os.environ.get("MEDSSL_DATA")
+    os.environ["MEDSSL_DATA"] = str(data)
+    catalogue.prepare(str(source), changes={"spacing_mm": (6.0, 6.0, 12.0), "pad": 32}, workers=2, say=lambda text: None)
+    os.environ.pop("MEDSSL_DATA") if previous is None else os.environ.update(MEDSSL_DATA=previous)
+    return data
+
+
+@pytest.fixture
+def here(scans, tmp_path, monkeypatch) -> Path:
+    """A working folder with the space and the settings, and an empty runs folder."""
+    import yaml
+
+    monkeypatch.setenv("MEDSSL_DATA", str(scans))
+    monkeypatch.setenv("MEDSSL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "overlap.py").write_text(SPACE)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    return tmp_path
+
+
+def request(**changes) -> sweep.Request:
+    given = {"space": "overlap.py", "data": "tiny", "k": 2, "m": 2, "files": (Path("small.yaml"),)}
+    return sweep.Request(**given | changes)
+
+
+def run(**changes) -> str:
+    return sweep.run(request(**changes), time_budget=None, address=None, say=lambda text: None)
+
+
+def outcome() -> dict[str, float]:
+    """The test score of every finished fine-tuning, by stage."""
+    site = Site.here()
+    return {identity: done["test"] for identity in site.finished() if "test" in (done := site.done(identity))}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(scans, tmp_path_factory, ray_local) -> tuple[dict[str, float], str]:
+    """What the sweep gives when nothing happens to it: scores by stage, and the leaderboard as csv."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDSSL_DATA", str(scans))
+        patch.setenv("MEDSSL_RUNS", str(folder / "runs"))
+        patch.chdir(folder)
+        (folder / "overlap.py").write_text(SPACE)
+        (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
+        table = run()
+        assert "from scratch" in table
+        return outcome(), sweep.leaderboard(None, "csv", "dice")
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_stage_and_ranks_what_they_left(here, undisturbed):
+    scores, board = undisturbed
+    assert len(scores) == 3 * 2 * 2
+    rows = {line.split(",")[0]: line for line in board.splitlines()[1:]}
+    assert set(rows) == {"from scratch", "any", "middle"}
+
+
+@pytest.mark.slow
+def test_typed_again_it_looks_everything_up(here, undisturbed, ray_local):
+    scores, board = undisturbed
+    run()
+    assert outcome() == scores, "another folder, the same command: bit-equal scores on a CPU"
+    assert sweep.leaderboard(None, "csv", "dice") == board
+    before = {file: file.stat().st_mtime_ns for file in Site.here().runs.rglob("done.json")}
+    run()
+    assert {file: file.stat().st_mtime_ns for file in Site.here().runs.rglob("done.json")} == before
+
+
+def medssl(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "medssl.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+SWEEP = ("sweep", "overlap.py", "--data", "tiny", "-p", "small.yaml")
+
+
+def wait_for(condition, seconds: float = 120.0):
+    """What `condition` gives once it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    pytest.fail(f"nothing happened in {seconds:.0f} s")
+
+
+def stages(kind: str, running: bool) -> list[Path]:
+    """Folders of stages of a kind that have begun, and are finished or not."""
+    found = []
+    for file in Site.here().runs.glob("stages/*/run.json"):
+        if json.loads(file.read_text())["kind"] == kind and (file.with_name("done.json").exists() != running):
+            found.append(file.parent)
+    return found
+
+
+@pytest.mark.slow
+def test_a_driver_killed_in_a_pretraining_loses_nothing_and_repeats_nothing(here, undisturbed):
+    scores, board = undisturbed
+    driver = medssl(*SWEEP)
+    # a pretraining is under way and has a checkpoint; at least one stage is finished
+    wait_for(lambda: stages("finetune", False) and [f for f in stages("pretrain", True) if (f / "checkpoint.pt").exists()])
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    interrupted = stages("pretrain", True)
+    finished = {file: file.stat().st_mtime_ns for file in Site.here().runs.rglob("done.json")}
+    again = medssl(*SWEEP)
+    printed, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, printed
+    assert outcome() == scores, "as if nothing had happened, to the last bit"
+    assert sweep.leaderboard(None, "csv", "dice") == board
+    assert all(file.stat().st_mtime_ns == when for file, when in finished.items()), "no finished stage ran again"
+    for folder in interrupted:
+        steps = [json.loads(line)["step"] for line in (folder / "log.txt").read_text().splitlines()]
+        assert steps[-1] == SMALL["pretrain"]["training"]["steps"]
+
+
+def owner(folder: Path) -> int | None:
+    """The process that holds a stage's lock."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(os.readlink(link) == str(folder / ".lock") for link in (process / "fd").iterdir()):
+                return int(process.name)
+        except OSError:
+            continue
+    return None
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_a_fine_tuning_is_replaced_and_its_stage_continued(here, undisturbed):
+    scores, board = undisturbed
+    driver = medssl(*SWEEP)
+    folder = wait_for(lambda: next((f for f in stages("finetune", True) if (f / "checkpoint.pt").exists()), None))
+    worker = wait_for(lambda: owner(folder) or (folder / "done.json").exists())
+    if worker is not True:
+        os.kill(worker, signal.SIGKILL)
+    printed, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, printed
+    assert outcome() == scores
+    assert sweep.leaderboard(None, "csv", "dice") == board
+
+
+@pytest.mark.slow
+def test_a_search_adds_arms_to_the_control_and_records_them(here, ray_local):
+    table = run(search="tpe", trials=3, k=1, m=1)
+    assert "from scratch" in table
+    arms = sweep.Sweep.open(Site.here().find_sweep(None)).arms()
+    assert len(arms) == 4
+    assert all(low < high for low, high in (a["pretrain.iou"] for label, a in arms.items() if label != "from scratch"))
+
+
+def test_a_plan_imports_neither_torch_nor_ray(here):
+    code = (
+        "import sys; from medssl.platform import sweep; from pathlib import Path\n"
+        "print(sweep.dry_run(sweep.Request('overlap.py', 'tiny', 2, 2, files=(Path('small.yaml'),)), say=print))\n"
+        "assert not {'torch', 'ray', 'monai'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 pretrainings and 12 fine-tunings, 0 done already" in done.stdout
+    assert "smallest p" in done.stdout
+
+
+def test_the_smallest_p_is_that_of_an_exact_test():
+    from medssl.platform import statistics
+
+    assert [sweep.smallest_p(k) for k in range(2, 6)] == [statistics.smallest_p(k, k) for k in range(2, 6)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": "iou-intervall"}, r'no space "iou-intervall" in search_spaces/; did you mean iou-interval\?'),
+        ({"space": "absent.py"}, "absent.py: no such space file"),
+        ({"search": "grit"}, r"--search grit: did you mean grid\?"),
+        ({"data": "phanton"}, r'"phanton"; did you mean phantom\?'),
+        ({"overrides": ("pretrain.iou=[0, 1]",)}, "that is what overlap.py varies"),
+        ({"overrides": ("pretrain.training.stepps=3",)}, r'arm "any": unknown key.*did you mean steps\?'),
+        ({"overrides": ("pretrain.side=60",)}, r"crops of 60 px do not fit|overlap by an IoU between"),
+        ({"overrides": ("data.labelled=99",)}, "labelled training patients"),
+    ],
+)
+def test_a_request_that_cannot_be_meant_is_refused_before_anything_starts(here, changes, message):
+    with pytest.raises(UsageError, match=message):
+        sweep.dry_run(request(**changes), say=lambda text: None)
+
+
+def test_a_space_of_ones_own_must_say_what_it_asks(here):
+    (here / "mute.py").write_text("QUESTION = 'hm?'\n")
+    with pytest.raises(UsageError, match="needs CONTROL"):
+        sweep.load_space("mute.py")
+
+
+def test_a_leaderboard_without_a_sweep_says_so(here):
+    with pytest.raises(UsageError, match="no sweep yet"):
+        sweep.leaderboard(None, "table", "dice")
