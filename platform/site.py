@@ -110,4 +110,4 @@ class Progress:
         if now - self.last >= 1 or step >= self.total:
             self.last = now
             seen = {"step": step, "from": self.first, "total": self.total, "text": text, "begun": self.begun, "at": now}
-            atomic.write_json(self.file, seen)
+            atomic.write_json(self.file, seen, durable=False)

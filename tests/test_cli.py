@@ -1,0 +1,263 @@
+"""What a user types: every command has help, and every bad input ends in one sentence and the right exit code."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from medssl import cli
+from medssl.platform import find
+
+README = (find.ROOT / "README.md").read_text()
+COMMANDS = [
+    "doctor", "methods", "data list", "data prepare", "data check", "data show", "pretrain", "finetune", "evaluate",
+    "predict", "sweep", "status", "stop", "leaderboard", "bench",
+]  # fmt: skip
+Typed = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys, tmp_path) -> Typed:
+    """Types a command; gives exit code, output and errors. Data and runs lie in tmp_path."""
+    monkeypatch.setenv("MEDSSL_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("MEDSSL_RUNS", str(tmp_path / "runs"))
+
+    def type_(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medssl", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return type_
+
+
+def decathlon(root: Path, patients: int = 4, classes: tuple[str, ...] = ("background", "blob")) -> Path:
+    """A small labelled data set: a bright ellipsoid per volume."""
+    rng = np.random.default_rng(0)
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder).mkdir(parents=True)
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (24, 20, 6)), indexing="ij"))
+    for number in range(patients):
+        radius = 0.4 + 0.1 * number
+        label = ((grid**2).sum(0) < radius**2).astype(np.uint8)
+        image = (label * 100 + rng.normal(0, 10, label.shape)).astype(np.float32)
+        for folder, array in (("imagesTr", image), ("labelsTr", label)):
+            nibabel.Nifti1Image(array, np.diag([1.0, 1, 2, 1])).to_filename(root / folder / f"case_{number}.nii.gz")
+    labels = {str(number): name for number, name in enumerate(classes)}
+    facts = {"name": "blobs", "modality": {"0": "MRI"}, "labels": labels, "tensorImageSize": "3D"}
+    (root / "dataset.json").write_text(json.dumps(facts))
+    return root
+
+
+def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    nifti = nibabel.load(path)
+    nibabel.Nifti1Image(change(np.asarray(nifti.dataobj).copy()), nifti.affine).to_filename(path)
+
+
+def with_nan(array: np.ndarray) -> np.ndarray:
+    array[0, 0, 0] = np.nan
+    return array
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+IMAGE, LABEL = "imagesTr/case_1.nii.gz", "labelsTr/case_1.nii.gz"
+BROKEN = {
+    "a missing label": (lambda root: (root / LABEL).unlink(), "case_1", "label"),
+    "a label of another shape": (lambda root: rewrite(root / LABEL, lambda a: a[:-1]), LABEL, "shape|24|23"),
+    "a NaN voxel": (lambda root: rewrite(root / IMAGE, with_nan), IMAGE, "NaN|finite"),
+    "4D where 3D is meant": (lambda root: rewrite(root / IMAGE, lambda a: np.stack([a, a], -1)), IMAGE, "4D"),
+    "an unknown class id": (lambda root: rewrite(root / LABEL, lambda a: a * 7), LABEL, "7"),
+    "a truncated gzip": (lambda root: truncate(root / IMAGE), IMAGE, "truncated|cut|gzip|end"),
+    "a file that is no NIfTI": (lambda root: (root / IMAGE).write_bytes(gzip.compress(b"hello")), IMAGE, "NIfTI|read"),
+    "an empty folder": (lambda root: [shutil.rmtree(root / f) for f in ("imagesTr", "labelsTr")], "", "imagesTr|volume"),
+    "a truncated dataset.json": (lambda root: truncate(root / "dataset.json"), "dataset.json", "JSON"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_scan_is_refused_in_one_sentence_and_nothing_counts_as_prepared(typed, tmp_path, what):
+    damage, file, message = BROKEN[what]
+    root = decathlon(tmp_path / "blobs")
+    damage(root)
+    code, _, error = typed("data", "prepare", root)
+    assert code in (1, 2)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    assert file in error
+    assert any(word in error for word in message.split("|")), error
+    assert not (tmp_path / "data" / "blobs" / "manifest.json").exists()
+    code, out, error = typed("data", "check", root)
+    assert code in (1, 2)
+    assert Path(file).name in out + error
+
+
+def test_a_whole_data_set_is_prepared_checked_shown_and_listed(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    code, out, _ = typed("data", "prepare", root)
+    assert (code, "split seed-0: 2 train (2 labelled), 1 val, 1 test" in out) == (0, True), out
+    assert typed("data", "check", root)[:2] == (0, "no problem found\n")
+    code, out, _ = typed("data", "show", root, "--out", tmp_path / "slices.png")
+    assert code == 0
+    assert (tmp_path / "slices.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = typed("data", "list", "--json")
+    assert json.loads(out)["prepared"]["blobs"]["volumes"] == 4
+
+
+def test_another_preset_is_refused_where_one_lies_already(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    assert typed("data", "prepare", root)[0] == 0
+    code, _, error = typed("data", "prepare", root, "-o", "pad=64")
+    assert (code, "--overwrite" in error) == (2, True), error
+    assert typed("data", "prepare", root, "-o", "pad=64", "--overwrite")[0] == 0
+
+
+WRONG = {
+    "an unknown method": (("pretrain", "simsaim"), "did you mean simsiam?"),
+    "an unknown space": (("sweep", "iou-intervals"), "did you mean iou-interval?"),
+    "an unknown key": (("pretrain", "simsiam", "-o", "pretrain.iuo=1"), "did you mean iou?"),
+    "an unknown section": (("pretrain", "simsiam", "-o", "pretrian.iou=1"), "did you mean pretrain?"),
+    "a wrong type": (("pretrain", "simsiam", "-o", "pretrain.training.lr=fast"), "pretrain.training.lr: "),
+    "a value out of range": (("pretrain", "simsiam", "-o", "pretrain.training.batch=0"), "more than 0"),
+    "an override without a value": (("pretrain", "simsiam", "-o", "seed"), "expected key=value"),
+    "an unknown data set": (("sweep", "iou-interval", "--data", "phantoom", "--dry-run"), "did you mean phantom?"),
+    "an unknown bench": (("bench", "pears"), "did you mean pairs?"),
+    "a time without a unit": (("sweep", "iou-interval", "--time-budget", "10"), "30m"),
+    "a run that is not there": (("evaluate", "segment-123"), "no run"),
+    "a sweep that is not there": (("leaderboard",), "no sweep yet"),
+    "an unknown command": (("sweeep",), "No such command"),
+    "a preset's unknown key": (("data", "prepare", ".", "-o", "spacing=1"), "dataset.json|did you mean"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_usage_is_exit_code_2_and_names_what_was_meant(typed, what):
+    words, message = WRONG[what]
+    code, _, error = typed(*words)
+    assert code == 2
+    assert any(part in error for part in message.split("|")), error
+
+
+def test_a_store_without_a_manifest_is_not_prepared(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    assert typed("data", "prepare", root)[0] == 0
+    (tmp_path / "data" / "blobs" / "manifest.json").unlink()
+    shutil.move(root, tmp_path / "elsewhere")
+    code, _, error = typed("data", "show", "blobs", "--out", tmp_path / "slices.png")
+    assert code == 2
+    assert "blobs" in error
+
+
+def test_an_interval_out_of_reach_names_the_reachable_range(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    settings = ("-o", "pretrain.side=16", "-o", "pretrain.iou=[0, 0]")
+    code, _, error = typed("pretrain", "simsiam", "--data", root, *settings)
+    assert code == 2
+    assert "overlap by an IoU between 0.231 and 1" in error, error  # 8 x 12 shared pixels of 16 x 16
+
+
+def test_a_patient_in_two_parts_is_refused(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    assert typed("data", "prepare", root)[0] == 0
+    file = tmp_path / "data" / "blobs" / "splits" / "seed-0.json"
+    split = json.loads(file.read_text())
+    split["test"] = split["train"][:1]
+    file.write_text(json.dumps(split))
+    code, _, error = typed("pretrain", "simsiam", "--data", root)
+    assert (code, split["test"][0] in error) == (2, True), error
+
+
+TINY = [
+    "-o", "network.width=8", "-o", "network.levels=2", "-o", "pretrain.side=8", "-o", "pretrain.d=8",
+    "-o", "pretrain.bottleneck=4", "-o", "pretrain.training.steps=3", "-o", "pretrain.training.batch=4",
+    "-o", "finetune.side=16", "-o", "finetune.training.steps=200", "-o", "finetune.training.batch=4",
+    "-o", "finetune.training.evaluations=2", "-o", "finetune.training.lr=0.01",
+]  # fmt: skip
+
+
+def test_pretrain_finetune_evaluate_predict(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    code, out, error = typed("pretrain", "simsiam", "--data", root, *TINY)
+    assert code == 0, error
+    pretrained = out.splitlines()[-1].partition(":")[0]
+    code, out, error = typed("finetune", "--from", pretrained, "--data", root, *TINY)
+    assert code == 0, error
+    run = out.splitlines()[-1].partition(":")[0]
+    code, out, error = typed("evaluate", run, "--json", "--pictures", tmp_path)
+    assert code == 0, error
+    summary = json.loads(out)
+    assert summary["test"]["mean"]["dice"] > 0.8, "a bright blob is easily found"
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    source = root / "imagesTr" / "case_3.nii.gz"
+    code, out, error = typed("predict", run, source, "--out", tmp_path / "out")
+    assert code == 0, error
+    predicted, label = nibabel.load(tmp_path / "out" / "case_3.nii.gz"), nibabel.load(root / "labelsTr" / "case_3.nii.gz")
+    assert np.allclose(predicted.affine, nibabel.load(source).affine)
+    assert (np.asarray(predicted.dataobj) == np.asarray(label.dataobj)).mean() > 0.95
+    code, _, error = typed("finetune", "--from", run, "--data", root, *TINY)
+    assert (code, "not a finished pretraining" in error) == (2, True)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    code, out, error = typed("pretrain", "simsiam", "--data", root, *TINY)
+    assert code == 0, error
+    stage = tmp_path / "runs" / "stages" / out.splitlines()[-1].partition(":")[0]
+    (stage / "done.json").unlink()
+    other = ["-o", "network.width=4"]
+    code, out, error = typed("pretrain", "simsiam", "--data", root, *TINY, *other)
+    assert code == 0, error
+    another = tmp_path / "runs" / "stages" / out.splitlines()[-1].partition(":")[0]
+    shutil.copy(another / "encoder.pt", stage / "encoder.pt")
+    (stage / "done.json").write_text((another / "done.json").read_text())
+    code, _, error = typed("finetune", "--from", stage.name, "--data", root, *TINY)
+    assert code == 1
+    assert "shape" in error, error
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        root = decathlon(tmp_path / "blobs", patients=12)
+        command = [sys.executable, "-m", "medssl.cli", "data", "prepare", root]
+        where = os.environ | {"MEDSSL_DATA": str(small)}
+        done = subprocess.run(command, env=where, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "no space left" in done.stderr
+        assert not list(small.rglob("manifest.json"))
+        assert not list(small.rglob("part-*.parquet"))
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_is_in_the_readme(typed, command):
+    code, out, _ = typed(*command.split(), "--help")
+    assert code == 0
+    assert "Usage" in out
+    assert f"medssl {command}" in README
+
+
+def test_doctor_tells_versions_devices_and_what_the_processor_executes(typed):
+    code, out, _ = typed("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["processor"]["fp32"] == "works"
+    assert {"torch", "ray", "optuna"} <= found["versions"].keys()

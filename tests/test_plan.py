@@ -1,0 +1,124 @@
+"""A plan: what a stage's id depends on, what the data allow, and labelled subsets that nest."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from medssl.methods import crops
+from medssl.methods.settings import PairCrops
+from medssl.platform import config, geometry, plan
+from medssl.platform.errors import UsageError
+from medssl.platform.splits import Split
+from medssl.platform.store import Store, VolumeRecord
+
+
+def store(sizes=((64, 48), (60, 52), (64, 48), (72, 50), (64, 48))) -> Store:
+    records = tuple(
+        VolumeRecord(f"v{number}", f"p{number}", None, True, 10, *size, 1, (1.0, 1.0, 2.0), None, {}, f"digest{number}")
+        for number, size in enumerate(sizes)
+    )
+    preset = geometry.PRESETS["mr"]
+    return Store(Path("nowhere"), "toy", ("background", "organ"), None, "", "", {}, preset, "content", "", (), records)
+
+
+SPLIT = Split("seed-0", ("p0", "p1", "p2"), ("p3",), ("p4",), ("p2", "p0", "p1"))
+
+
+def resolved(**dotted):
+    tree = config.nested({key.replace("__", "."): value for key, value in dotted.items()})
+    return plan.resolve(config.build(tree), store(), SPLIT)
+
+
+def ids(m=2, index=0, **dotted):
+    return [stage.id for stage in plan.chain("arm", index, m, resolved(**dotted), store(), SPLIT).stages]
+
+
+def test_equal_settings_give_equal_stages_and_orchestration_changes_none():
+    assert ids() == ids()
+    assert ids() == ids(resources__cpus=4) == ids(resources__checkpoint_seconds=1.0) == ids(data__stream="ray")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pretrain__iou": (0.1, 0.2)},
+        {"pretrain__training__lr": 0.1},
+        {"network__width": 8},
+        {"seed": 1},
+        {"resources__workers": 2},
+        {"pretrain__training__steps": 7},
+    ],
+    ids=str,
+)
+def test_what_changes_a_pretraining_changes_all_that_follows_it(change):
+    assert not set(ids()) & set(ids(**change))
+
+
+@pytest.mark.parametrize(
+    "change", [{"data__labelled": 1}, {"finetune__training__lr": 0.1}, {"evaluate__overlap": 0.5}, {"finetune__side": 32}], ids=str
+)
+def test_what_changes_a_fine_tuning_leaves_its_pretraining_to_be_shared(change):
+    before, after = ids(), ids(**change)
+    assert before[0] == after[0]
+    assert not set(before[1:]) & set(after[1:])
+
+
+def test_repeats_are_different_stages_and_more_of_them_keep_the_first():
+    every = [identity for index in range(3) for identity in ids(index=index)]
+    assert len(set(every)) == 3 * 3
+    assert ids(m=5)[:3] == ids(m=2)
+
+
+def test_from_scratch_has_no_pretraining_but_the_same_initial_encoders():
+    scratch = plan.chain("scratch", 1, 2, resolved(pretrain=None), store(), SPLIT)
+    pretrained = plan.chain("arm", 1, 2, resolved(), store(), SPLIT)
+    assert scratch.pretraining is None
+    assert scratch.encoder_seed == pretrained.encoder_seed
+    assert [stage.seed for stage in scratch.finetunings] == [stage.seed for stage in pretrained.finetunings]
+
+
+def test_labelled_subsets_nest():
+    chosen = [plan.labelled_patients(resolved(data__labelled=n), SPLIT) for n in (1, 2, 3)]
+    assert chosen == [("p2",), ("p2", "p0"), ("p2", "p0", "p1")]
+    with pytest.raises(UsageError, match="data.labelled=4: split seed-0 has 3"):
+        plan.labelled_patients(config.build({"data": {"labelled": 4}}), SPLIT)
+
+
+def test_epochs_become_steps_of_the_slices_that_a_stage_trains_on():
+    experiment = resolved(pretrain__training__epochs=8, pretrain__training__batch=5, data__labelled=1, finetune__training__epochs=8)
+    assert experiment.pretrain.training.steps == 8 * 30 / 5
+    assert experiment.finetune.training.steps == round(8 * 10 / 32)
+
+
+@pytest.mark.parametrize("sizes", [((300, 250),), ((64, 48), (60, 52)), ((50, 35),), ((400, 400),)])
+def test_two_crops_of_the_chosen_side_fit_apart_in_every_slice(sizes):
+    side = plan.disjoint_side(set(sizes))
+    assert side <= 96
+    assert crops.feasible(torch.tensor(sizes), PairCrops(side=side, iou=(0.0, 0.0))).all()
+    assert side == 96 or not crops.feasible(torch.tensor(sizes), PairCrops(side=side + 8, iou=(0.0, 0.0))).all()
+
+
+@pytest.mark.parametrize("ends", ["[]", "(]", "[)", "()"])
+def test_the_plan_refuses_exactly_what_the_sampler_cannot_draw(ends):
+    values = (0.0, 0.1, 0.3, 0.6, 1.0)
+    for low, high in itertools.combinations(values, 2):
+        for size in itertools.product((16, 17, 20, 27, 40), repeat=2):
+            settings = PairCrops(side=16, iou=(low, high), ends=ends)
+            possible = bool(crops.feasible(torch.tensor([size]), settings).item())
+            experiment = config.build({"pretrain": {"side": 16, "iou": (low, high), "ends": ends}})
+            try:
+                plan.resolve(experiment, store([size] * 5), SPLIT)
+                allowed = True
+            except UsageError:
+                allowed = False
+            assert allowed == possible, (size, settings)
+
+
+def test_a_contract_follows_data_and_held_out_patients_only():
+    first = plan.contract(store(), SPLIT)
+    assert first == plan.contract(store(), dataclasses.replace(SPLIT, train=("p0",), labelled=("p0",)))
+    assert first != plan.contract(store(), dataclasses.replace(SPLIT, test=("p3",), val=("p4",)))
+    assert first != plan.contract(dataclasses.replace(store(), content_hash="other"), SPLIT)
