@@ -1,0 +1,193 @@
+"""Any folder in the form of the Medical Segmentation Decathlon or of nnU-Net's raw data.
+
+    dataset.json      labels {"0": "background", …} (Decathlon) or {"background": 0, …} (nnU-Net);
+                      modality or channel_names {"0": "CT"}
+    imagesTr/         one file per volume: 3D, or 4D with the channels last where dataset.json names several;
+                      or one file per channel: <volume>_0000.nii.gz, <volume>_0001.nii.gz, …
+    labelsTr/         <volume>.nii.gz, one for each volume of imagesTr; no such folder: nothing is labelled
+    imagesTs/         with labelsTs: the official test part; without: unlabelled volumes for pretraining
+    cases.json        optional: [{"name": volume, "patient" or "subject": whose, "phase": …, "split": train|val|test}]
+
+Formats: Antonelli et al., Nature Communications 2022, https://doi.org/10.1038/s41467-022-30695-9 (http://medicaldecathlon.com);
+nnU-Net, documentation/dataset_format.md of https://github.com/MIC-DKFZ/nnUNet.
+
+The folders say which volumes there are; what dataset.json lists must be among them. Without cases.json each volume is its
+own patient. Whether the files can be read is for `ingest` to find out.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medssl.platform.errors import RunError
+from medssl.platform.records import Case, DataInfo, Part
+
+ENDINGS = (".nii.gz", ".nii")
+CHANNEL = re.compile(r"(.+)_(\d{4})")
+
+
+def matches(root: Path) -> bool:
+    """Whether `root` looks like such a folder."""
+    return (root / "dataset.json").is_file() and (root / "imagesTr").is_dir()
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path}: not there; the Decathlon and nnU-Net forms need it to name labels and channels") from None
+    except ValueError as error:
+        raise RunError(f"{path}: not JSON ({error}); mend or download it again") from error
+
+
+def channel_names(root: Path) -> list[str]:
+    """What dataset.json calls the channels, in order."""
+    said = read_json(root / "dataset.json")
+    channels = said.get("channel_names") or said.get("modality")
+    if not isinstance(channels, dict) or not channels:
+        raise RunError(
+            f'{root / "dataset.json"}: names no channels; expected "modality" or "channel_names" such as {{"0": "CT"}}'
+        )
+    return [str(channels[key]) for key in sorted(channels, key=int)]
+
+
+def class_names(root: Path) -> tuple[str, ...]:
+    """What dataset.json calls the class ids 0, 1, 2 …"""
+    path = root / "dataset.json"
+    labels = read_json(path).get("labels")
+    if not isinstance(labels, dict) or not labels:
+        raise RunError(f'{path}: names no labels; expected {{"0": "background", "1": …}} or {{"background": 0, …}}')
+    by_id = (
+        labels
+        if all(key.isdigit() for key in labels)
+        else {value: key for key, value in labels.items() if not isinstance(value, list)}
+    )
+    if len(by_id) != len(labels) or "ignore" in by_id.values():
+        raise RunError(
+            f"{path}: labels hold regions or an ignore label; expected one id per class, and ignored voxels stored as 255"
+        )
+    ids = {int(key): str(name) for key, name in by_id.items()}
+    if sorted(ids) != list(range(len(ids))) or not 2 <= len(ids) <= 255:
+        raise RunError(f"{path}: label ids {sorted(ids)} should be 0, 1, 2 … without gaps, 2 to 255 of them")
+    return tuple(ids[key] for key in range(len(ids)))
+
+
+def info(root: Path) -> DataInfo:
+    """What dataset.json says: CT is windowed, any other modality is normalised per volume. Raises RunError on nonsense."""
+    said, channels = read_json(root / "dataset.json"), channel_names(root)
+    computed = [name.upper() == "CT" for name in channels]
+    if any(computed) and not all(computed):
+        raise RunError(
+            f"{root / 'dataset.json'}: channels {channels} mix CT with others, which no one preset suits; split the data set"
+        )
+    return DataInfo(
+        name=str(said.get("name") or root.resolve().name),
+        classes=class_names(root),
+        channels=tuple(channels),
+        licence=str(said.get("licence") or said.get("license") or "unknown"),
+        citation=str(said.get("reference") or ""),
+        preset="ct" if all(computed) else "mr",
+    )
+
+
+def stem(name: str) -> str:
+    """`./imagesTr/case_1.nii.gz` -> `case_1`."""
+    name = Path(name).name
+    return next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
+
+
+def files(folder: Path) -> list[Path]:
+    """NIfTI files of a folder, sorted; hidden ones (macOS leaves `._` files) left out. Raises RunError on other images."""
+    found = sorted(file for file in folder.glob("*") if not file.name.startswith("."))
+    for file in found:
+        if not file.name.endswith(ENDINGS):
+            raise RunError(f"{file}: medssl reads NIfTI; expected .nii.gz or .nii here; convert it, or move it elsewhere")
+    return found
+
+
+def volumes(folder: Path, channels: int) -> list[tuple[str, tuple[Path, ...]]]:
+    """Each volume of an image folder with its file, or with one file per channel in order."""
+    found = files(folder)
+    suffixed = [CHANNEL.fullmatch(stem(file.name)) for file in found]
+    # `case_2023` of a one-channel set is a volume's name: a suffix counts only where every file has one that is a channel
+    if not all(match and int(match[2]) < channels for match in suffixed):
+        return [(stem(file.name), (file,)) for file in found]
+    by_volume: dict[str, list[Path]] = {}
+    for match, file in zip(suffixed, found, strict=True):
+        by_volume.setdefault(match[1], []).append(file)  # type: ignore[index]
+    for volume, parts in by_volume.items():
+        if len(parts) != channels:
+            have = ", ".join(file.name for file in parts)
+            raise RunError(
+                f"{folder / volume}: {channels} channels in dataset.json, found {have}; add the missing ones, one file each"
+            )
+    return [(volume, tuple(parts)) for volume, parts in by_volume.items()]
+
+
+def subjects(root: Path) -> dict[str, dict[str, Any]] | None:
+    """cases.json by volume; None where there is none."""
+    path = root / "cases.json"
+    if not path.is_file():
+        return None
+    entries = read_json(path)
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and "name" in e and ("patient" in e or "subject" in e) for e in entries
+    ):
+        raise RunError(f'{path}: expected a list of {{"name": volume, "patient": whose, …}}; mend it or take it away')
+    for entry in entries:
+        if entry.get("split") not in (None, "train", "val", "test"):
+            raise RunError(f'{path}: split "{entry["split"]}" of {entry["name"]} should be train, val or test')
+    return {stem(str(entry["name"])): entry for entry in entries}
+
+
+def cases(root: Path) -> Iterator[Case]:
+    """Every volume, labelled or not. Raises RunError when the folders, dataset.json and cases.json disagree."""
+    said, channels, known = read_json(root / "dataset.json"), len(channel_names(root)), subjects(root)
+    official = (root / "labelsTs").is_dir()
+    for images, labels, listing, part in (
+        ("imagesTr", "labelsTr", "training", "train" if official else None),
+        ("imagesTs", "labelsTs", "test", "test" if official else None),
+    ):
+        found = volumes(root / images, channels)
+        annotated = {stem(file.name): file for file in files(root / labels)}
+        check_listing(root / images, said.get(listing) or [], found)
+        for volume in sorted(annotated.keys() - {name for name, _ in found}):
+            raise RunError(f"{annotated[volume]}: a label without an image in {images}; add the image or take the label away")
+        for volume, paths in found:
+            label = None
+            if (root / labels).is_dir():
+                label = annotated.get(volume, root / labels / (volume + paths[0].name[len(stem(paths[0].name)) :]))
+            yield case(root, volume, paths, label, part, known)  # type: ignore[arg-type]
+
+
+def check_listing(folder: Path, listing: list[Any], found: list[tuple[str, tuple[Path, ...]]]) -> None:
+    """What dataset.json lists is there. nnU-Net's first form lists volumes without their channel suffix."""
+    there = {name for name, _ in found} | {stem(path.name) for _, paths in found for path in paths}
+    listed = [stem(str(entry["image"] if isinstance(entry, dict) else entry)) for entry in listing]
+    missing = [name for name in listed if name not in there]
+    if missing:
+        some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise RunError(
+            f"{folder}: dataset.json lists {len(missing)} volumes that are not there ({some}); download them, or unlist them"
+        )
+
+
+def case(
+    root: Path,
+    volume: str,
+    paths: tuple[Path, ...],
+    label: Path | None,
+    part: Part | None,
+    known: dict[str, dict[str, Any]] | None,
+) -> Case:
+    """The volume with what cases.json adds. It must name every labelled volume, or a subject could be split in two."""
+    entry = (known or {}).get(volume)
+    if entry is None:
+        if known is not None and label is not None:
+            raise RunError(f"{root / 'cases.json'}: does not say whose volume {volume} is; add it, with its patient")
+        return Case(volume, volume, paths, label, part)
+    patient = entry.get("patient", entry.get("subject"))
+    phase = entry.get("phase")
+    return Case(str(patient), volume, paths, label, entry.get("split") or part, None if phase is None else str(phase))

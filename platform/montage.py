@@ -1,0 +1,86 @@
+"""A picture of a prepared data set: slices of some volumes, with the contours of their classes.
+
+Slices are shown as a radiologist sees them: the patient's right on the left of the picture, anterior on top. The window is the
+stored range, so what is black or white here is black or white for the network.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.platform import atomic
+from medssl.platform.geometry import UNLABELLED
+from medssl.platform.store import Store, VolumeRecord
+
+COLUMNS = 6  # slices per volume
+
+
+def radiological(plane: NDArray[Any]) -> NDArray[Any]:
+    """A stored slice [R, A] as rows from anterior to posterior and columns from the patient's right to left."""
+    return plane[::-1, ::-1].T
+
+
+def chosen(store: Store, volumes: int | Sequence[str]) -> list[VolumeRecord]:
+    """The named volumes; or so many, evenly spaced in the list of the labelled ones (of all, where nothing is labelled)."""
+    if not isinstance(volumes, int):
+        by_name = {record.volume: record for record in store.volumes}
+        store.table(volumes=volumes, columns=["volume"])  # an unknown name is refused there
+        return [by_name[name] for name in volumes]
+    pool = [record for record in store.volumes if record.labelled] or list(store.volumes)
+    return [pool[k] for k in np.unique(np.linspace(0, len(pool) - 1, min(max(volumes, 1), len(pool))).astype(int))]
+
+
+def heights(label: NDArray[np.uint8] | None, slices: int) -> list[int]:
+    """Up to COLUMNS slices, evenly spaced from the lowest to the highest that holds a class, or over the whole volume."""
+    held = np.arange(slices) if label is None else np.flatnonzero(((label > 0) & (label != UNLABELLED)).any(axis=(1, 2)))
+    lowest, highest = (int(held[0]), int(held[-1])) if len(held) else (0, slices - 1)
+    return [int(k) for k in np.unique(np.linspace(lowest, highest, COLUMNS).round().astype(int))]
+
+
+def show(store: Store, path: Path, volumes: int | Sequence[str] = 4) -> None:
+    """Write a PNG: a row per volume, from its lower to its higher slices; its first channel.
+
+    volumes    their names, or how many
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    rows = chosen(store, volumes)
+    colours = ListedColormap([(0.0, 0.0, 0.0), *_colours(len(store.classes) - 1)])
+    figure = Figure(figsize=(1.9 * COLUMNS, 2.05 * len(rows) + 0.7), facecolor="black", layout="compressed")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), COLUMNS, squeeze=False)
+    for line, record in zip(axes, rows, strict=True):
+        image, label = store.arrays(record.volume)
+        across, along, _ = record.spacing_mm
+        top = np.iinfo(image.dtype).max if image.dtype.kind in "iu" else 1
+        for axis in line:
+            axis.set_axis_off()
+        for axis, k in zip(line, heights(label, record.slices), strict=False):
+            axis.imshow(
+                radiological(image[k, 0]), cmap="gray", vmin=0, vmax=top, aspect=along / across, interpolation="nearest"
+            )
+            axis.set_title(f"{record.volume[:22]}  {k + 1}/{record.slices}", color="0.8", fontsize=6, pad=2)
+            plane = np.zeros_like(image[k, 0]) if label is None else radiological(label[k])
+            for number in np.intersect1d(plane, np.arange(1, len(store.classes))):
+                axis.contour(plane == number, [0.5], colors=[colours(int(number))], linewidths=0.8)
+    keys = [Patch(color=colours(number), label=name) for number, name in enumerate(store.classes) if number]
+    figure.legend(
+        handles=keys, loc="outside lower center", ncols=min(len(keys), 7), fontsize=7, labelcolor="white", frameon=False
+    )
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png", bbox_inches="tight", pad_inches=0.1)
+    atomic.write(path, lambda file: file.write(picture.getvalue()))
+
+
+def _colours(count: int) -> list[tuple[float, ...]]:
+    """As many hues, evenly spaced, bright on black."""
+    from matplotlib.colors import hsv_to_rgb
+
+    return [tuple(hsv_to_rgb((number / count, 0.75, 1.0))) for number in range(count)]
