@@ -1,0 +1,99 @@
+"""A stage on several workers, through Ray Train; on one, it is a function call.
+
+Ray Train places the workers, joins them into a process group, notices when one dies, and starts the group again. What a
+stage needs to continue is its own: a checkpoint in its folder that every worker reads before it starts.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medssl.platform import atomic
+from medssl.platform.errors import RunError, UsageError
+
+MAX_FAILURES = 3  # times that a stage survives the loss of workers; the sweep, typed again, goes on from there too
+
+FINAL = (RunError, UsageError, ValueError)  # errors of the input, not of the machine; methods raise ValueError
+
+Work = Callable[[Any, int, int, torch.device], Any]
+
+
+def launch(
+    function: Work,
+    payload: Any,
+    *,
+    workers: int,
+    gpu: bool,
+    folder: Path,
+    name: str,
+    cpus_per_worker: int = 1,
+) -> Any:
+    """Run `function(payload, rank, world, device)` in `workers` processes that form a group; gives what rank 0 returned,
+    plain values or NumPy arrays.
+
+    One worker is this process: no group, no Ray. More of them need `ray.init`, a `function` that they can import, and, on
+    a cluster, a `folder` that all nodes see; Ray Train's own record goes to `folder / name`. When a worker dies, all are
+    started again, with the same arguments.
+    Raises the RunError, UsageError or ValueError of a worker as it is: it would only come back, and is not tried again.
+    """
+    if workers == 1:
+        return function(payload, 0, 1, torch.device("cuda" if gpu else "cpu"))
+
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    folder = folder.resolve()
+    given_up = folder / f"{name}.error"
+    given_up.unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "function": function,
+            "payload": payload,
+            "given_up": given_up,
+            "folder": Path.cwd(),
+            "cpus": cpus_per_worker,
+        },
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=RunConfig(name=name, storage_path=str(folder), failure_config=FailureConfig(max_failures=MAX_FAILURES)),
+    )
+    fitted: Any = trainer.fit()
+    result = fitted.return_value
+    if isinstance(result, FINAL):
+        given_up.unlink(missing_ok=True)
+        raise result
+    return result
+
+
+def _worker(config: dict[str, Any]) -> Any:
+    """One process of the group, as Ray Train starts it.
+
+    A worker that ends while the others wait for it in a collective must fail, or they wait for half an hour. So one that
+    has met an error which will come back leaves it in a file, and fails; the group that is started next returns it.
+    """
+    import ray.train
+    import ray.train.torch
+
+    given_up = config["given_up"]
+    if given_up.exists():
+        kind, text = given_up.read_text().split("\n", 1)
+        return next(error for error in FINAL if error.__name__ == kind)(text)
+    if config["folder"].is_dir():
+        os.chdir(config["folder"])  # Ray Train has changed it: relative paths shall mean what they mean to the caller
+    torch.set_num_threads(config["cpus"])
+    context = ray.train.get_context()
+    rank, world, device = context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
+    try:
+        result = config["function"](config["payload"], rank, world, device)
+    except FINAL as error:
+        atomic.write_text(given_up, f"{type(error).__name__}\n{error}")
+        raise
+    return result if rank == 0 else None
