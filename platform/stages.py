@@ -18,7 +18,6 @@ from medssl.methods.protocol import Batch, Method
 from medssl.platform import atomic, checkpoint, evaluate, find, ledger, loop, metrics, stream, train
 from medssl.platform.board import Board
 from medssl.platform.config import Experiment, Part
-from medssl.platform.errors import RunError
 from medssl.platform.plan import Chain, Stage, contract, labelled_patients
 from medssl.platform.records import Part as DataPart
 from medssl.platform.records import Score, Volume
@@ -192,17 +191,20 @@ def _batches(
 ) -> Callable[[int], Iterable[Batch]]:
     """This worker's batches from a step on: out of the node's memory, or streamed by Ray Data where the set does not fit."""
     assert part.training is not None
-    batch, seed, wanted = part.training.batch, job.stage.seed, tuple(patients)
+    size, seed, wanted = part.training.batch, job.stage.seed, tuple(patients)
     store, choice = Store.open(job.work.store), job.chain.experiment.data.stream
-    if choice == "ray" or (choice == "auto" and not stream.fits(store)):
+    if choice == "ray" or (choice == "auto" and not stream.fits(store, wanted, labelled)):
         return lambda start: stream.ray_batches(
-            store, wanted, labelled, batch, seed=seed, start=start, rank=rank, world=world, device=device
+            store, wanted, labelled, size, seed=seed, start=start, rank=rank, world=world, device=device
         )
     slices = job.work.slices("train").select(wanted, labelled)
-    if not len(slices):
-        raise RunError(f"{job.work.store}: no {'labelled ' if labelled else ''}slice of the training patients to train on")
-    slices = slices.to(device)
-    return lambda start: stream.node_batches(slices, batch, seed=seed, start=start, rank=rank, world=world)
+    if device.type == "cuda" and slices.nbytes > torch.cuda.mem_get_info(device)[0] / 2:  # leave the other half to training
+        return lambda start: (
+            {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+            for batch in stream.node_batches(slices, size, seed=seed, start=start, rank=rank, world=world)
+        )
+    here = slices.to(device)
+    return lambda start: stream.node_batches(here, size, seed=seed, start=start, rank=rank, world=world)
 
 
 def _train(
