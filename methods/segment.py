@@ -32,6 +32,9 @@ class Config(settings.Chain):
     side: int | None = None  # pixels of a crop; None: 96, or less where the slices are smaller
     crops: int = 2  # per slice and step
     balanced: bool = True  # centre a crop on foreground or background, each half of the time; else anywhere
+    dice_over: Literal["slice", "batch"] = (
+        "slice"  # what Dice is taken over; "batch" (nnU-Net's choice in 2D) lets rare classes learn
+    )
     zoom_p: float = 0.0
     flip_p: float = 0.25
     rot90_p: float = 0.25
@@ -101,7 +104,7 @@ class Segment(nn.Module):
         if labels is None:
             raise ValueError("segment: these views carry no labels; make them with Segment.augment")
         logits = self.network(images)
-        terms = {"dice": dice_loss(logits, labels), "cross_entropy": cross_entropy(logits, labels)}
+        terms = {"dice": dice_loss(logits, labels, self.config.dice_over), "cross_entropy": cross_entropy(logits, labels)}
         for hook in self.hooks:
             added = hook.terms(Pass(views, logits), step)
             if shared := terms.keys() & added.keys():
@@ -128,17 +131,23 @@ def anywhere(size: Tensor, side: int, rng: Generator) -> Tensor:
     return (u * choices).long()
 
 
-def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Soft Dice loss, mean over the classes of every slice that has a label; 0 when none has.
+def dice_loss(logits: Tensor, labels: Tensor, over: Literal["slice", "batch"] = "slice") -> Tensor:
+    """Soft Dice loss, mean over classes; 0 when nothing has a label.
 
     logits   (n, k, *)
     labels   (n, *) int64 class ids, UNLABELLED where unknown: such pixels count nowhere and get no gradient
+    over     "slice": mean over the slices that have a label, where a class absent from one has Dice 1 if nothing is predicted;
+             "batch": of the pixels of all slices of all workers together, over the classes that have any
     """
     p = logits.float().softmax(1)
     known = (labels != UNLABELLED)[:, None]
     y = torch.zeros_like(p).scatter_(1, labels[:, None].where(known, 0), known.to(p.dtype))
     axes = tuple(range(2, p.dim()))
     overlap, size = (p * y).sum(axes), (p * known).sum(axes) + y.sum(axes)  # (n, k)
+    if over == "batch":
+        overlap, size, present = (gather.stack(each.sum(0)).sum(0) for each in (overlap, size, y.sum(axes)))
+        loss = 1 - (2 * overlap + SMOOTH) / (size + SMOOTH)
+        return (loss * (present > 0)).sum() / (present > 0).sum().clamp(min=1)
     loss = (1 - (2 * overlap + SMOOTH) / (size + SMOOTH)).mean(1)
     labelled = known.flatten(1).any(1)
     return gather.mean((loss * labelled).sum(), labelled.sum())

@@ -53,23 +53,29 @@ def contract(store: Store, split: Split) -> str:
 
 
 def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
-    """Fill in what depends on the data: crop sides and numbers of steps. Raises UsageError for what the data cannot give."""
+    """Fill in what depends on the data: crop sides, numbers of steps, levels of the network.
+
+    Raises UsageError for what the data cannot give.
+    """
     labelled = labelled_patients(experiment, split)
     train = set(split.train)
     slices = [volume for volume in store.volumes if volume.patient in train]
+    sizes = {(volume.height, volume.width) for volume in slices}
     finetune = _with_training(experiment.finetune, sum(volume.slices for volume in slices if volume.patient in labelled))
     if getattr(finetune.settings, "side", 0) is None:
         longest = max(max(volume.height, volume.width) for volume in store.volumes)
         finetune = _with(finetune, side=min(96, -(-longest // 16) * 16))
     pretrain = experiment.pretrain
     if pretrain:
-        sizes = {(volume.height, volume.width) for volume in slices}
         pretrain = _with_training(pretrain, sum(volume.slices for volume in slices))
         if getattr(pretrain.settings, "side", 0) is None:
             pretrain = _with(pretrain, side=disjoint_side(sizes))
         if getattr(pretrain.settings, "iou", None) and pretrain.settings.unreachable == "error":
             _refuse_unreachable(pretrain.settings, sizes)
-    return dataclasses.replace(experiment, pretrain=pretrain, finetune=finetune)
+    network = experiment.network
+    if getattr(network.settings, "levels", 0) is None:  # from the data alone: arms with and without pretraining share it
+        network = _with(network, levels=min(5, disjoint_side(sizes).bit_length() - 2))
+    return dataclasses.replace(experiment, network=network, pretrain=pretrain, finetune=finetune)
 
 
 def labelled_patients(experiment: Experiment, split: Split) -> tuple[str, ...]:

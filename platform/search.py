@@ -156,7 +156,8 @@ class NestedSearch(Searcher):
         index = arm.started
         arm.started += 1
         self.running[trial_id] = (arm, index)
-        self.record(arm)
+        if index == 0:
+            self.record(arm)
         return {"arm": arm.label, "index": index, "settings": dict(arm.settings)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

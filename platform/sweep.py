@@ -226,13 +226,13 @@ def _fit(
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     resources = sweep.experiment({}).resources
-    arms = dict(sweep.arms())
+    arms = dict(sweep.arms()) | {label: dict(settings) for label, settings in (grid or controls).items()}
 
     def record(arm: search.Arm) -> None:
-        if arms.get(arm.label) != dict(arm.settings):
-            arms[arm.label] = dict(arm.settings)
-            atomic.write_json(sweep.folder / "arms.json", arms)
+        arms[arm.label] = dict(arm.settings)
+        atomic.write_json(sweep.folder / "arms.json", arms)
 
+    atomic.write_json(sweep.folder / "arms.json", arms)
     study = search.open_study(sweep.folder, cast(search.Kind, sweep.search), seed=sweep.experiment({}).seed)
     nested = search.NestedSearch(study, controls, grid, suggest, k=sweep.k, trials=trials, record=record)
     share, at_once = _share(resources, ray.cluster_resources())
@@ -347,9 +347,7 @@ def leaderboard(name: str | None, output: str, metric: str, wanted: float = 0.01
     site = Site.here()
     sweep = Sweep.open(site.find_sweep(name))
     owners = {
-        stage.id: (chain.arm, chain.index, number)
-        for chain in sweep.chains()
-        for number, stage in enumerate(chain.finetunings)
+        stage.id: (chain.arm, chain.index, number) for chain in sweep.chains() for number, stage in enumerate(chain.finetunings)
     }
     scored = [stage for stage in owners if ledger.holds(site.runs, stage)]
     if not scored:

@@ -25,31 +25,32 @@ from torch import Tensor, nn
 
 from medssl.methods.gather import JointBatchNorm
 
+LEVELS = 5  # of the paper
 GROUPS = 8  # of group normalisation; Wu and He 2018 (https://arxiv.org/abs/1803.08494) find the number to matter little
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     width: int = 32  # channels of the finest level; doubles with every level (paper: 64)
-    levels: int = 5  # resolutions
+    levels: int | None = None  # resolutions; None: 5, and in a run, as many of them as leave small crops 4 pixels
     spatial_dims: Literal[2, 3] = 2
-    norm: Literal["group", "instance", "batch"] = "group"  # see `normalisation`
+    norm: Literal["instance", "batch", "group"] = "instance"  # see `normalisation`
 
     def __post_init__(self) -> None:
-        if min(self.width, self.levels) < 1:
+        if min(self.width, self.levels or 1) < 1 or self.levels == 0:
             raise ValueError(f"width is {self.width} and levels {self.levels}: expected at least 1")
 
 
 def normalisation(kind: str, channels: int, spatial_dims: int) -> nn.Module:
     """A normalisation layer of `channels` features.
 
-    "group" is the default because one encoder is pretrained and fine-tuned. Its statistics belong to one slice, so they
-    depend neither on the batch (128 crops here, 4 windows there), nor on the number of workers, nor on the mode. The
-    habit in segmentation, "instance", has these virtues too, but centres every channel of the coarsest map, whose mean is
-    the very feature that pretraining compares: only the rectifier after it keeps that mean from being one constant for
-    all slices. How well a linear probe of it tells a slice's position (R² on held-out volumes of the hippocampus data):
-    0.85 with group and 0.43 with instance before training, 0.93 and 0.89 after 200 steps of SimSiam. On CPUs "instance"
-    also loses the channels-last layout. "batch" is joint over all workers.
+    One encoder is pretrained and fine-tuned, so the choice has to serve both, and they disagree (EXPERIMENTS.md, one seed).
+    Fine-tuning wants "instance", nnU-Net's habit: 400 steps from scratch on the phantom give a test Dice of 0.50, "batch" 0.45,
+    "group" 0.23. Pretraining would rather have "group": "instance" centres every channel of the coarsest map, whose
+    mean is the very feature that is compared, and only the rectifier after it keeps that mean from being one constant (a linear
+    probe of it for a slice's position on the hippocampus data: R² 0.43 against 0.85 before training, 0.89 against 0.93
+    after 200 steps of SimSiam). The lesser evil is the default. Its statistics belong to one slice, so they depend neither on
+    the batch nor on the number of workers nor on the mode; those of "batch" are joint over all workers.
     """
     if kind == "group":
         return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
@@ -79,15 +80,20 @@ class Encoder(nn.Module):
 
     def __init__(self, in_channels: int, config: Config):
         super().__init__()
-        self.channels = tuple(config.width * 2**level for level in range(config.levels))
+        self.channels = tuple(config.width * 2**level for level in range(config.levels or LEVELS))
         inputs = (in_channels, *self.channels[:-1])
         self.blocks = nn.ModuleList(block(*ends, config) for ends in zip(inputs, self.channels, strict=True))
+        self.centred = config.norm == "instance"
         self.pool = (nn.MaxPool2d if config.spatial_dims == 2 else nn.MaxPool3d)(2, ceil_mode=True)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps: list[Tensor] = []
-        for stage in self.blocks:
-            maps.append(stage(self.pool(maps[-1]) if maps else x))
+        for level, stage in enumerate(self.blocks):
+            x = self.pool(x) if level else x
+            if self.centred and math.prod(x.shape[2:]) == 1:
+                raise ValueError(f"level {level + 1} of the U-Net sees one pixel, which instance norm erases; use fewer levels")
+            x = stage(x)
+            maps.append(x)
         return maps
 
 

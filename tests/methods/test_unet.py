@@ -16,7 +16,12 @@ def net(**settings) -> UNet:
 
 @pytest.mark.parametrize("sides", [(16, 16), (33, 18), (5, 7), (1, 3), (9, 10, 5)])
 def test_logits_have_the_sides_of_the_input(sides):
-    assert net(spatial_dims=len(sides))(torch.randn(2, 2, *sides)).shape == (2, 3, *sides)
+    assert net(spatial_dims=len(sides), norm="group")(torch.randn(2, 2, *sides)).shape == (2, 3, *sides)
+
+
+def test_a_slice_too_small_for_instance_norm_is_refused_with_a_remedy():
+    with pytest.raises(ValueError, match="level 3 of the U-Net sees one pixel.*fewer levels"):
+        net(norm="instance", levels=3)(torch.randn(2, 2, 4, 4))
 
 
 def test_encoder_maps_halve_and_round_up_from_the_finest_to_the_coarsest():
@@ -63,7 +68,7 @@ def test_instance_norm_makes_the_mean_of_a_map_one_constant_and_group_norm_does_
 
 
 def test_channels_last_survives_the_network():
-    model = net().to(memory_format=torch.channels_last)
+    model = net(norm="batch").to(memory_format=torch.channels_last)
     x = torch.randn(2, 2, 16, 16).to(memory_format=torch.channels_last)
     for m in (*model.encoder(x), model(x)):
         assert m.is_contiguous(memory_format=torch.channels_last)
