@@ -54,6 +54,11 @@ def _print(value: Any, as_json: bool, text: str) -> None:
     typer.echo(json.dumps(value, indent=1) if as_json else text)
 
 
+def _aside(text: str) -> None:
+    """What is told on the way goes to standard error: standard output holds the answer."""
+    typer.echo(text, err=True)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, devices, memory, folders, and what this processor really executes."""
@@ -98,7 +103,7 @@ def data_prepare(
 
     changes = dict(map(catalogue.preset_change, override or []))
     store = catalogue.prepare(
-        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, say=typer.echo
+        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, say=_aside
     )
     typer.echo(catalogue.summary(store))
 
@@ -124,7 +129,7 @@ def data_show(
     """Write a PNG of slices with the contours of their labels."""
     from medssl.platform import catalogue, montage
 
-    store = catalogue.open_store(source, say=typer.echo)
+    store = catalogue.open_store(source, say=_aside)
     montage.show(store, out, volumes)
     typer.echo(str(out))
 
@@ -140,7 +145,7 @@ def pretrain(
     """Pretrain one encoder."""
     from medssl.platform import single
 
-    typer.echo(single.pretrain(method, data, seed, files or [], overrides or [], say=typer.echo))
+    typer.echo(single.pretrain(method, data, seed, files or [], overrides or [], say=_aside))
 
 
 @app.command()
@@ -154,7 +159,7 @@ def finetune(
     """Train a segmentation network, from a pretraining or from scratch, and score it on the test patients."""
     from medssl.platform import single
 
-    typer.echo(single.finetune(start, data, seed, files or [], overrides or [], say=typer.echo))
+    typer.echo(single.finetune(start, data, seed, files or [], overrides or [], say=_aside))
 
 
 @app.command()
@@ -181,7 +186,7 @@ def predict(
     """Segment volumes; each answer lies in its input's own geometry."""
     from medssl.platform import single
 
-    for path in single.predict(run, files, out, say=typer.echo):
+    for path in single.predict(run, files, out, say=_aside):
         typer.echo(str(path))
 
 
@@ -205,9 +210,9 @@ def sweep(
 
     request = sweeps.Request(space, data, pretrainings, finetunings, search, trials, tuple(files or ()), tuple(overrides or ()))
     if dry_run:
-        typer.echo(sweeps.dry_run(request, say=typer.echo))
+        typer.echo(sweeps.dry_run(request, say=_aside))
         return
-    typer.echo(sweeps.run(request, time_budget=time_budget, address=address, wanted=wanted, say=typer.echo))
+    typer.echo(sweeps.run(request, time_budget=time_budget, address=address, wanted=wanted, say=_aside))
 
 
 @app.command()
@@ -257,7 +262,7 @@ def bench(
     """Speed as ratios: ours and a named rival in one run."""
     from medssl.platform import bench as benches
 
-    rows = benches.run(names or [], say=lambda text: typer.echo(text, err=True))
+    rows = benches.run(names or [], say=_aside)
     _print([row.as_dict() for row in rows], as_json, benches.describe(rows))
 
 

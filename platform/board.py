@@ -10,9 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medssl.methods import crops
 from medssl.methods.protocol import UNLABELLED, Batch, Method, Views
+from medssl.platform import atomic
 from medssl.platform.records import Volume
 
+WATCHED = 8  # batches whose views are drawn twice
+ROWS = 8  # slices in a picture of views
+BINS = 50  # of the histogram of IoU, over [0, 1]
 PALETTE = np.array(
     [[0, 0, 0], [230, 60, 60], [60, 160, 230], [90, 200, 90], [240, 170, 40], [190, 90, 220], [60, 210, 200], [240, 120, 180]]
 )  # fmt: skip
@@ -46,17 +51,32 @@ class Board:
             self.log.flush()
 
     def watching(self, batches: Callable[[int], Iterable[Batch]], method: Method) -> Callable[[int], Iterator[Batch]]:
-        """The same batches; the views that the first step would make of them are drawn on the way."""
+        """The same batches. Of the first ones, views are drawn once more: to be looked at, and for their realised IoU.
+
+        The histogram goes to TensorBoard and, as counts in `iou.json`, to whoever reports on the run.
+        """
 
         def watched(start: int) -> Iterator[Batch]:
+            found: list[Tensor] = []
             for number, batch in enumerate(batches(start)):
-                if self.folder and start == 0 and number == 0:
-                    few = {name: values[:8] for name, values in batch.items()}
-                    views = method.augment(few, torch.Generator(batch["image"].device).manual_seed(0))
-                    self.writer.add_image("views", side_by_side(views), 0, dataformats="HWC")
+                if self.folder and start == 0 and number < WATCHED:
+                    rng = torch.Generator(batch["image"].device).manual_seed(number)
+                    views = method.augment(batch, rng)
+                    if number == 0:
+                        self.writer.add_image("views", side_by_side(views), 0, dataformats="HWC")
+                    if len(views.corners) > 1:
+                        found.append(crops.iou(views.corners[0], views.extents[0], views.corners[1], views.extents[1]))
+                    if found and number == WATCHED - 1:
+                        self._histogram(torch.cat(found).cpu())
                 yield batch
 
         return watched
+
+    def _histogram(self, iou: Tensor) -> None:
+        assert self.folder is not None
+        self.writer.add_histogram("iou", iou.numpy(), 0, bins="auto")
+        counts = torch.histc(iou, bins=BINS, min=0, max=1).int().tolist()
+        atomic.write_json(self.folder / "iou.json", {"bins": BINS, "counts": counts, "exactly_0": int((iou == 0).sum())})
 
     def prediction(self, volume: Volume, predicted: Tensor, classes: Sequence[str]) -> None:
         """The slice with most foreground: image, reference and prediction."""
@@ -69,10 +89,13 @@ class Board:
 
 
 def side_by_side(views: Views) -> np.ndarray:
-    """A row per slice: its views, and its labels where there are any. (rows, columns, 3) uint8; 3D views show their middle."""
+    """A row per slice, ROWS at most: its views, and its labels where there are any; 3D views show their middle.
+
+    Returns (rows, columns, 3) uint8.
+    """
     columns = [images[:, 0].float().cpu() for images in views.images]
     rows = []
-    for row in range(len(columns[0])):
+    for row in range(min(ROWS, len(columns[0]))):
         panels = [_grey(_flat(column[row])) for column in columns]
         if views.labels is not None:
             panels.append(_painted(panels[0], _flat(views.labels[row].cpu())))

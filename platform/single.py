@@ -1,18 +1,19 @@
 """One pretraining, one fine-tuning, one look at its scores, one prediction: what a sweep does many times, done once."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from medssl.platform import atomic, catalogue, checkpoint, config, evaluate, ledger, metrics, plan, stages, stream
+from medssl.platform import atomic, catalogue, checkpoint, config, evaluate, ledger, metrics, plan, stages, stream, watch
 from medssl.platform.errors import UsageError
 from medssl.platform.plan import Chain
 from medssl.platform.site import Site
 from medssl.platform.splits import Split
 from medssl.platform.store import Store
-from medssl.platform.sweep import layers
+from medssl.platform.sweep import connected, layers
 
 Say = Callable[[str], None]
 
@@ -22,7 +23,7 @@ def pretrain(method: str, data: str, seed: int, files: Sequence[Path], overrides
     experiment, store, split = _experiment(data, files, overrides, {"pretrain": {"name": method}, "seed": seed}, say)
     chain = plan.chain(method, 0, 0, experiment, store, split)
     assert chain.pretraining is not None
-    done = stages.fulfil(stages.Job(chain, chain.pretraining, stages.Work(Site.here(), store.root, split)))
+    done = _fulfil(stages.Job(chain, chain.pretraining, stages.Work(Site.here(), store.root, split)), say)
     monitors = ", ".join(f"{name} {value:.3f}" for name, value in done["monitors"].items())
     return f"{chain.pretraining.id}: {done['status']} after {done['step']} steps; {monitors}"
 
@@ -41,8 +42,18 @@ def finetune(start: str | None, data: str, seed: int, files: Sequence[Path], ove
     experiment, store, split = _experiment(data, files, overrides, tree, say)
     stage = plan.finetuning(0, experiment.seed * 1000, parent, experiment, store, split)
     chain = Chain(start or "from scratch", 0, experiment, None, (stage,))
-    done = stages.fulfil(stages.Job(chain, stage, stages.Work(site, store.root, split)))
+    done = _fulfil(stages.Job(chain, stage, stages.Work(site, store.root, split)), say)
     return f"{stage.id}: validation {done['validation']:.3f}, test {done['test']:.3f} ({experiment.evaluate.metric})"
+
+
+def _fulfil(job: stages.Job, say: Say) -> dict[str, Any]:
+    """The stage's end, told about on the way; Ray only comes up where the stage asks for several workers or for its stream."""
+    resources, data = job.chain.experiment.resources, job.chain.experiment.data
+    needs_ray = (
+        resources.workers > 1 or data.stream == "ray" or (data.stream == "auto" and not stream.fits(Store.open(job.work.store)))
+    )
+    with connected(None) if needs_ray else contextlib.nullcontext(), watch.Following(job.folder, say):
+        return stages.fulfil(job)
 
 
 def _experiment(

@@ -194,7 +194,7 @@ def run(request: Request, *, time_budget: str | None, address: str | None, wante
         preparing = beside.submit(catalogue.open_store, request.data, say)
         if catalogue.is_prepared(request.data):
             _refuse_early(request, preparing.result(), grid or controls)
-        with _ray(address):  # which takes seconds to come up, in which data are prepared
+        with connected(address):  # which takes seconds to come up, in which data are prepared
             store = preparing.result()
             sweep = _refuse_early(request, store, grid or controls)
             with atomic.owned(sweep.folder) as mine:
@@ -306,7 +306,7 @@ def _share(resources: config.Resources, cluster: Mapping[str, float]) -> tuple[d
 
 
 @contextlib.contextmanager
-def _ray(address: str | None) -> Iterator[None]:
+def connected(address: str | None) -> Iterator[None]:
     """Ray, up while the body runs; one that was up before stays.
 
     To be entered by the main thread: the kernel ends Ray's processes when the thread that started them ends.

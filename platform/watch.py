@@ -139,3 +139,27 @@ class Watcher:
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[K")
         self.say(time.strftime("%H:%M:%S  ") + text)
+
+
+class Following:
+    """Beside one stage that runs in this process: now and then a line of where it stands and when it will be done."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]):
+        self.folder, self.say = folder, say
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _follow(self) -> None:
+        while not self.over.wait(2.0 if sys.stderr.isatty() else 15.0):
+            if alive := _progress(self.folder):
+                pace = (alive["at"] - alive["begun"]) / max(alive["step"] - alive["from"], 1)
+                left = round((alive["total"] - alive["step"]) * pace)
+                self.say(f"step {alive['step']}/{alive['total']}, about {left} s left  {alive['text']}"[:140])

@@ -51,7 +51,7 @@ DEFAULTS = {
     "finetune.dice_over": "batch",
     "finetune.flip_p": 0.0,
     "finetune.rot90_p": 0.0,
-    "finetune.training.steps": 300,
+    "finetune.training.steps": 250,
     "finetune.training.batch": 8,
     "finetune.training.lr": 0.006,
     "finetune.training.evaluations": 2,

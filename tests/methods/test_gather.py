@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from medssl.methods import gather
 from medssl.methods.networks.unet import Config, UNet
 from medssl.methods.protocol import UNLABELLED, Step, Views
+from medssl.methods.segment import Config as SegmentConfig
 from medssl.methods.segment import Segment
 from medssl.methods.simsiam import SimSiam
 
@@ -67,9 +69,9 @@ def gathered_whole() -> Whole:
     return Whole(layer, lambda part: gather.rows(layer(x[part]))[0].T.cov().square().sum())
 
 
-def segment() -> Whole:
+def segment(dice_over: Literal["slice", "batch"] = "slice") -> Whole:
     """The second worker's slices have no label at all, the first's have unequal shares."""
-    method = Segment(UNet(1, 3, Config(width=4, levels=2)))
+    method = Segment(UNet(1, 3, Config(width=4, levels=2)), SegmentConfig(dice_over=dice_over))
     images, labels = torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8, 8, 8))
     labels[1, :5] = labels[3] = labels[5:] = UNLABELLED
     return Whole(method, lambda part: method.loss(Views([images[part]], labels=labels[part]), Step(0, 1)).total)
@@ -80,6 +82,7 @@ CASES: dict[str, Callable[[], Whole]] = {
     "contrastive": contrastive,
     "gathered_whole": gathered_whole,
     "segment": segment,
+    "segment, Dice over the batch": lambda: segment("batch"),
 }
 
 

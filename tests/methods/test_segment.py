@@ -43,6 +43,28 @@ def test_loss_and_gradient_equal_monais_dice_ce(sides):
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
 
 
+@pytest.mark.parametrize("sides", [(9, 7), (5, 4, 6)])
+def test_dice_over_the_batch_equals_monais(sides):
+    from monai.losses import DiceLoss
+
+    logits, labels = drawn(*sides)
+    ours = dice_loss(logits, labels, "batch")
+    theirs = DiceLoss(softmax=True, to_onehot_y=True, batch=True)(logits, labels[:, None])
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
+
+
+def test_dice_over_the_batch_asks_only_for_classes_that_it_holds():
+    logits, labels = drawn(9, 7)
+    labels.clamp_(max=1)
+    wide = torch.cat([logits, torch.full_like(logits[:, :1], -1e9)], 1)  # a fourth class that nobody has or predicts
+    torch.testing.assert_close(dice_loss(wide, labels, "batch"), dice_loss(logits, labels, "batch"))
+
+
+def over_the_batch(logits, labels):
+    return dice_loss(logits, labels, "batch")
+
+
 def test_dice_of_hand_drawn_masks():
     """Three of four pixels right with certainty: class 0 overlaps 1 of (2 + 1), class 1 overlaps 2 of (2 + 3)."""
     labels = torch.tensor([[[0, 0, 1, 1]]])
@@ -52,7 +74,7 @@ def test_dice_of_hand_drawn_masks():
     assert float(dice_loss(logits, labels)) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("term", [dice_loss, cross_entropy])
+@pytest.mark.parametrize("term", [dice_loss, over_the_batch, cross_entropy])
 def test_unlabelled_pixels_have_no_say_and_no_gradient(term):
     logits, labels = drawn(9, 7)
     labels[1, :4] = labels[2] = UNLABELLED
@@ -64,7 +86,7 @@ def test_unlabelled_pixels_have_no_say_and_no_gradient(term):
     torch.testing.assert_close(term(changed, labels), term(logits, labels), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("term", [dice_loss, cross_entropy])
+@pytest.mark.parametrize("term", [dice_loss, over_the_batch, cross_entropy])
 def test_a_loss_over_partly_labelled_slices_is_that_of_their_labelled_part(term):
     logits, labels = drawn(8, 6)
     part = term(logits[..., :3], labels[..., :3])
