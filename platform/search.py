@@ -148,8 +148,8 @@ class NestedSearch(Searcher):
             open_arms.append(self._ask())
         return min(open_arms, key=lambda arm: arm.started, default=None)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next chain; None: wait for a running one; FINISHED: nothing is left."""
+    def suggest(self, trial_id: str) -> Any:
+        """The next chain, a dict; None: wait for a running one; FINISHED: nothing is left."""
         arm = self._next()
         if arm is None:
             return None if self.running else Searcher.FINISHED

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from medssl.platform import atomic, catalogue, checkpoint, config, evaluate, ledger, metrics, plan, stages, stream, watch
-from medssl.platform.errors import UsageError
+from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain
 from medssl.platform.site import Site
 from medssl.platform.splits import Split
@@ -114,27 +115,29 @@ def _trained(folder: Path, experiment: config.Experiment, store: Store) -> Any:
 
 
 def pictures(name: str, out: Path) -> list[Path]:
-    """PNGs of the best and the worst test volume of a fine-tuning, reference and prediction outlined."""
-    import matplotlib.image
-
+    """PNGs of the worst and the best test volume of a fine-tuning, reference and prediction outlined."""
     folder, experiment, store = _finetuned(name)
-    network, metric = _trained(folder, experiment, store), experiment.evaluate.metric
+    model, metric = _trained(folder, experiment, store), experiment.evaluate.metric
     rows = [row for row in ledger.scores(folder.parents[1], folder.name) if row.part == "test" and row.metric == metric]
-    by_volume = {volume: metrics.aggregate([row for row in rows if row.volume == volume]).mean[metric] for volume in
-                 {row.volume for row in rows}}  # fmt: skip
-    ranked = sorted((volume for volume, value in by_volume.items() if value == value), key=lambda volume: by_volume[volume])
     patients = {row.volume: row.patient for row in rows}
+    means = {volume: metrics.aggregate([row for row in rows if row.volume == volume]).mean[metric] for volume in patients}
+    ranked = sorted((volume for volume in means if not math.isnan(means[volume])), key=lambda volume: means[volume])
+    if not ranked:
+        raise RunError(f"{folder.name}: no test volume has a {metric}; there is nothing to draw")
     written = []
     for which, volume in (("worst", ranked[0]), ("best", ranked[-1])):
         slices = stream.Slices.read(store, patients=[patients[volume]])
         prepared = next(each for each in slices.volumes() if each.volume == volume)
-        side, overlap = stages.window(experiment), experiment.evaluate.overlap
-        predicted = evaluate.infer(network, prepared, side=side, overlap=overlap)
-        path = out / f"{which}-{volume}.png"
-        image = evaluate.picture(prepared, predicted)
-        atomic.write(path, lambda file, image=image: matplotlib.image.imsave(file, image, format="png"))
-        written.append(path)
+        predicted = evaluate.infer(model, prepared, side=stages.window(experiment), overlap=experiment.evaluate.overlap)
+        written.append(out / f"{which}-{volume}.png")
+        _save(written[-1], evaluate.picture(prepared, predicted))
     return written
+
+
+def _save(path: Path, image: Any) -> None:
+    import matplotlib.image
+
+    atomic.write(path, lambda file: matplotlib.image.imsave(file, image, format="png"))
 
 
 def predict(name: str, files: Sequence[Path], out: Path, *, say: Say) -> list[Path]:

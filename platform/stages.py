@@ -102,11 +102,10 @@ def _do(job: Job) -> dict[str, Any]:
     return done
 
 
-def network(experiment: Experiment, channels: int, classes: int) -> nn.Module:
+def network(experiment: Experiment, channels: int, classes: int) -> Any:
     """The segmentation network of an experiment, freshly initialised from torch's global generator."""
     part = experiment.network
-    built: nn.Module = find.load("network", part.name).NETWORK(channels, classes, part.settings)
-    return built
+    return find.load("network", part.name).NETWORK(channels, classes, part.settings)
 
 
 def _pretrain(job: Job, rank: int, world: int, device: torch.device) -> dict[str, Any]:
@@ -170,7 +169,7 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
     }
 
 
-def _start(job: Job, store: Store) -> nn.Module:
+def _start(job: Job, store: Store) -> Any:
     """The network that a fine-tuning starts from: the encoder of its pretraining, or as that one was before its first step.
 
     So the arm from scratch is a pretraining of zero steps: at one index all arms begin with equal encoders, and what is

@@ -58,7 +58,9 @@ def test_what_changes_a_pretraining_changes_all_that_follows_it(change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"data__labelled": 1}, {"finetune__training__lr": 0.1}, {"evaluate__overlap": 0.5}, {"finetune__side": 32}], ids=str
+    "change",
+    [{"data__labelled": 1}, {"finetune__training__lr": 0.1}, {"evaluate__overlap": 0.5}, {"finetune__side": 32}],
+    ids=str,
 )
 def test_what_changes_a_fine_tuning_leaves_its_pretraining_to_be_shared(change):
     before, after = ids(), ids(**change)
@@ -83,12 +85,14 @@ def test_from_scratch_has_no_pretraining_but_the_same_initial_encoders():
 def test_labelled_subsets_nest():
     chosen = [plan.labelled_patients(resolved(data__labelled=n), SPLIT) for n in (1, 2, 3)]
     assert chosen == [("p2",), ("p2", "p0"), ("p2", "p0", "p1")]
-    with pytest.raises(UsageError, match="data.labelled=4: split seed-0 has 3"):
+    with pytest.raises(UsageError, match=r"data\.labelled=4: split seed-0 has 3"):
         plan.labelled_patients(config.build({"data": {"labelled": 4}}), SPLIT)
 
 
 def test_epochs_become_steps_of_the_slices_that_a_stage_trains_on():
-    experiment = resolved(pretrain__training__epochs=8, pretrain__training__batch=5, data__labelled=1, finetune__training__epochs=8)
+    experiment = resolved(
+        pretrain__training__epochs=8, pretrain__training__batch=5, data__labelled=1, finetune__training__epochs=8
+    )
     assert experiment.pretrain.training.steps == 8 * 30 / 5
     assert experiment.finetune.training.steps == round(8 * 10 / 32)
 

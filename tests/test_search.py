@@ -84,7 +84,9 @@ def suggest(trial):
 def test_a_searcher_asks_arms_one_after_another_and_stops_losing_ones(tmp_path, kind):
     controls = {"from scratch": {"pretrain": None}}
     nested = opened(tmp_path, grid=None, suggest=suggest, controls=controls, k=3, trials=8, kind=kind)
-    chains = drain(nested, lambda chain: 0.1 if chain["settings"].get("pretrain", 1) is None else chain["settings"]["pretrain.iou"][1])
+    chains = drain(
+        nested, lambda chain: 0.1 if chain["settings"].get("pretrain", 1) is None else chain["settings"]["pretrain.iou"][1]
+    )
     states = [trial.state for trial in nested.study.trials]
     assert len(states) == 8
     assert TrialState.PRUNED in states, "an arm below the median after a pretraining is given up"

@@ -132,11 +132,8 @@ def wait_for(condition, seconds: float = 120.0):
 
 def stages(kind: str, running: bool) -> list[Path]:
     """Folders of stages of a kind that have begun, and are finished or not."""
-    found = []
-    for file in Site.here().runs.glob("stages/*/run.json"):
-        if json.loads(file.read_text())["kind"] == kind and (file.with_name("done.json").exists() != running):
-            found.append(file.parent)
-    return found
+    begun = [file for file in Site.here().runs.glob("stages/*/run.json") if json.loads(file.read_text())["kind"] == kind]
+    return [file.parent for file in begun if file.with_name("done.json").exists() != running]
 
 
 @pytest.mark.slow

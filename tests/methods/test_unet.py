@@ -20,7 +20,7 @@ def test_logits_have_the_sides_of_the_input(sides):
 
 
 def test_a_slice_too_small_for_instance_norm_is_refused_with_a_remedy():
-    with pytest.raises(ValueError, match="level 3 of the U-Net sees one pixel.*fewer levels"):
+    with pytest.raises(ValueError, match=r"level 3 of the U-Net sees one pixel.*fewer levels"):
         net(norm="instance", levels=3)(torch.randn(2, 2, 4, 4))
 
 
