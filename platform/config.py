@@ -51,7 +51,7 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What only moves work around. Of these, `workers` alone enters a stage's hash: each worker draws its own views."""
+    """What only moves work around. `workers` alone enters a stage's hash: each worker draws its own views."""
 
     workers: int = 1  # data-parallel processes of one stage
     cpus: int = 1  # cores of each worker

@@ -171,7 +171,8 @@ def finetuning(number: int, encoder_seed: int, parent: str | None, experiment: E
 def _common(experiment: Experiment, store: Store) -> list[Any]:
     """What decides the result of either kind of stage."""
     tree = experiment.tree()
-    return [RESULTS_VERSION, store.content_hash, tree["network"], tree["resources"]["workers"]]
+    order = [tree["resources"]["workers"], tree["data"]["stream"] == "ray"]  # who sees which slice when
+    return [RESULTS_VERSION, store.content_hash, tree["network"], *order]
 
 
 def _steps(part: Part) -> int:

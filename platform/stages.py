@@ -4,6 +4,7 @@ Every process that needs a stage calls `fulfil`: it finds the stage done, or wai
 it, continuing from the last checkpoint. Whatever dies, the next call goes on.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -87,9 +88,10 @@ def _do(job: Job) -> dict[str, Any]:
     record |= {"store": str(job.work.store), "split": job.work.split.name, "config": experiment.tree()}
     atomic.write_json(job.folder / "run.json", record | {"provenance": provenance()})
     resources = experiment.resources
+    alone = resources.workers == 1  # several workers read the store themselves: cheaper than sending them copies
     result = train.launch(
         _pretrain if stage.kind == "pretrain" else _finetune,
-        job,
+        job if alone else dataclasses.replace(job, work=dataclasses.replace(job.work, arrays=None)),
         workers=resources.workers,
         gpu=bool(resources.gpus) if resources.gpus is not None else torch.cuda.is_available(),
         folder=job.folder,

@@ -203,9 +203,14 @@ def run(request: Request, *, time_budget: str | None, address: str | None, wante
                 sweep.save()
                 (sweep.folder / "stop").unlink(missing_ok=True)
                 failed = _fit(sweep, controls, grid, getattr(space, "suggest", None), request.trials, seconds, say)
-                answer = leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted)
+    reasons = "; ".join(f'arm "{label}" failed: {why}' for label, why in failed.items())
+    try:
+        answer = leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted)
+    except RunError as error:
+        raise RunError(reasons or str(error)) from error
     if failed:
-        raise RunError(answer + "\n" + "\n".join(f'arm "{label}" failed: {why}' for label, why in failed.items()))
+        say(answer)
+        raise RunError(reasons)
     return answer
 
 

@@ -107,7 +107,7 @@ def test_a_perfect_network_scores_one():
 
 def test_scores_are_of_the_part_and_metrics_asked_for():
     quick = evaluate.score(Threshold(), [volume()], ["background", "organ"], "val", side=None, metrics="dice")
-    legacy = evaluate.score(Threshold(), [volume()], ["background", "organ"], "test", side=None, metrics="legacy")
+    legacy = evaluate.score(Threshold(), [volume()], ["background", "organ"], "test", side=None, metrics=("legacy",))
     assert {(score.metric, score.part) for score in quick} == {(m, "val") for m in ("dice", "reference_ml", "predicted_ml")}
     assert {(score.metric, score.part, score.value) for score in legacy} == {("legacy-slice-dice", "test", 1.0)}
 

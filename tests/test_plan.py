@@ -38,7 +38,7 @@ def ids(m=2, index=0, **dotted):
 
 def test_equal_settings_give_equal_stages_and_orchestration_changes_none():
     assert ids() == ids()
-    assert ids() == ids(resources__cpus=4) == ids(resources__checkpoint_seconds=1.0) == ids(data__stream="ray")
+    assert ids() == ids(resources__cpus=4) == ids(resources__checkpoint_seconds=1.0) == ids(data__stream="node")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,7 @@ def test_equal_settings_give_equal_stages_and_orchestration_changes_none():
         {"network__width": 8},
         {"seed": 1},
         {"resources__workers": 2},
+        {"data__stream": "ray"},
         {"pretrain__training__steps": 7},
     ],
     ids=str,

@@ -191,6 +191,16 @@ def test_a_search_adds_arms_to_the_control_and_records_them(here, ray_local):
     assert all(low < high for low, high in (a["pretrain.iou"] for label, a in arms.items() if label != "from scratch"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["resources.workers=2", "data.stream=ray"])
+def test_stages_on_two_workers_and_streamed_stages_finish_where_training_holds_every_core(here, ray_local, how):
+    space = SPACE.replace('"any": {"pretrain.iou": None}, ', "")
+    (here / "overlap.py").write_text(space)
+    table = run(k=1, m=1, overrides=(how,))
+    assert "middle" in table
+    assert len(outcome()) == 2
+
+
 def test_a_plan_imports_neither_torch_nor_ray(here):
     code = (
         "import sys; from medssl.platform import sweep; from pathlib import Path\n"

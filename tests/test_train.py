@@ -92,7 +92,7 @@ class Contrast(nn.Module):
 
 def build(name: str) -> Any:
     torch.manual_seed(0)
-    net = unet.UNet(1, 3, unet.Config(width=4, levels=3))
+    net = unet.UNet(1, 3, unet.Config(width=4, levels=3, norm="batch"))
     if name == "simsiam":
         return FixedSimSiam(net.encoder, simsiam.Config(d=16, bottleneck=8))
     return FixedSegment(net) if name == "segment" else Contrast(net.encoder)
