@@ -307,7 +307,8 @@ def _share(resources: config.Resources, cluster: Mapping[str, float]) -> tuple[d
         raise UsageError(
             f"a stage needs {wanted}, the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU"
         )
-    return (need if resources.workers == 1 else {"CPU": 0.0}), at_once
+    # Tune refuses a trial that asks for nothing; a mebibyte of memory is next to nothing, and no core of the workers'
+    return (need if resources.workers == 1 else {"CPU": 0.0, "memory": float(2**20)}), at_once
 
 
 @contextlib.contextmanager
