@@ -79,6 +79,10 @@ class SimSiam(nn.Module):
         image, corners, extents, iou = batch["image"], list(pair.corners), list(pair.extents), pair.iou
         if self.config.unreachable == "skip":
             held = pair.held
+            if not held.any():
+                raise ValueError(
+                    "simsiam: no slice of this batch can hold such a pair; lower pretrain.side or change pretrain.iou"
+                )
             image, iou = image[held], iou[held]
             corners, extents = [c[held] for c in corners], [e[held] for e in extents]
         resized = self.config.crop == "resized"  # else boxes are known to have `side` pixels, without asking the device

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from medssl.platform import atomic, catalogue, config, find, plan
+from medssl.platform import atomic, catalogue, config, find, ledger, plan
 from medssl.platform.config import Experiment
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain
@@ -203,15 +203,17 @@ def run(request: Request, *, time_budget: str | None, address: str | None, wante
                 sweep.save()
                 (sweep.folder / "stop").unlink(missing_ok=True)
                 failed = _fit(sweep, controls, grid, getattr(space, "suggest", None), request.trials, seconds, say)
-    reasons = "; ".join(f'arm "{label}" failed: {why}' for label, why in failed.items())
-    try:
-        answer = leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted)
-    except RunError as error:
-        raise RunError(reasons or str(error)) from error
     if failed:
-        say(answer)
-        raise RunError(reasons)
-    return answer
+        with contextlib.suppress(RunError):  # nothing to rank: the reasons say enough
+            say(leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted))
+        raise RunError("; ".join(f'arm "{label}" failed: {why}' for label, why in failed.items()))
+    stages = {stage.id for chain in sweep.chains() for stage in chain.stages}
+    left = stages - Site.here().finished()
+    if left and sweep.search == "grid":  # a search leaves repeats of losing arms out on purpose
+        say(f"stopped with {len(left)} of {len(stages)} stages to go; type the sweep again to continue it")
+        if not any(ledger.holds(Site.here().runs, stage) for stage in stages):
+            return "no fine-tuning has finished yet"
+    return leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted)
 
 
 def _fit(
@@ -347,7 +349,6 @@ def _seconds(text: str | None) -> float | None:
 def leaderboard(name: str | None, output: str, metric: str, wanted: float = 0.01) -> str:
     """The answer of a sweep as it stands, in one of the formats; also written into its folder."""
     from medssl.platform import leaderboard as board
-    from medssl.platform import ledger
     from medssl.platform.records import Run
 
     site = Site.here()

@@ -183,6 +183,18 @@ def test_a_worker_killed_in_a_fine_tuning_is_replaced_and_its_stage_continued(he
 
 
 @pytest.mark.slow
+def test_a_time_budget_ends_a_sweep_cleanly_and_the_next_call_goes_on(here, undisturbed, ray_local):
+    scores, board = undisturbed
+    said: list[str] = []
+    answer = sweep.run(request(), time_budget="1s", address=None, say=said.append)
+    assert "no fine-tuning has finished yet" in answer or "from scratch" in answer
+    assert any("of 16 stages to go; type the sweep again" in line for line in said)
+    run()
+    assert outcome() == scores
+    assert sweep.leaderboard(None, "csv", "dice") == board
+
+
+@pytest.mark.slow
 def test_a_search_adds_arms_to_the_control_and_records_them(here, ray_local):
     table = run(search="tpe", trials=3, k=1, m=1)
     assert "from scratch" in table
