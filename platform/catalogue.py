@@ -52,7 +52,10 @@ def prepare(
         progress=_telling(f"preparing {Path(source).name}", say),
         map_unordered=ingest.in_processes,
     )
-    split(store, f"seed-{seed}")
+    try:
+        split(store, f"seed-{seed}")
+    except UsageError as error:  # too few labelled patients to train on, but enough to be looked at
+        say(f"no split drawn: {error}")
     return store
 
 

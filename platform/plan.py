@@ -191,11 +191,10 @@ def describe(arms: Mapping[str, Experiment], k: int, m: int, store: Store, split
         for index in range(k):
             stages |= {stage.id: stage for stage in chain(label, index, m, experiment, store, split).stages}
     for label, experiment in arms.items():
-        part = experiment.pretrain
-        what = f"{part.name}, {_steps(part)} steps of {part.training.batch}" if part and part.training else "no pretraining"
-        tuned = experiment.finetune
-        assert tuned.training is not None
-        lines.append(f"arm      {label:<16} {what}; then {tuned.name}, {_steps(tuned)} steps of {tuned.training.batch}")
+        what = f"{_told(experiment.pretrain)}; then " if experiment.pretrain else "no pretraining; then "
+        lines.append(f"arm      {label:<16} {what}{_told(experiment.finetune)}")
+    network = next(iter(arms.values())).network
+    lines.append(f"network  {network.name}: " + ", ".join(f"{key} {value}" for key, value in vars(network.settings).items()))
     kinds = [stage.kind for stage in stages.values()]
     done = sum(stage.id in finished for stage in stages.values())
     lines.append(f"repeats  {k} pretrainings per arm, {m} fine-tunings of each")
@@ -204,3 +203,11 @@ def describe(arms: Mapping[str, Experiment], k: int, m: int, store: Store, split
     )
     lines.append(f"steps    {sum(stage.steps for stage in stages.values() if stage.id not in finished):,} to go")
     return "\n".join(lines)
+
+
+def _told(part: Part) -> str:
+    """A stage in a few words."""
+    assert part.training is not None
+    side = getattr(part.settings, "side", None)
+    crops = f" crops of {side} px" if side else ""
+    return f"{part.name}, {part.training.steps} steps of {part.training.batch} slices{',' + crops if crops else ''}"
