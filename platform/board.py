@@ -85,7 +85,8 @@ class Board:
             index = int(((reference != 0) & (reference != UNLABELLED)).flatten(1).sum(1).argmax())
             image = _grey(volume.image[index, 0].float())
             panels = [image, _painted(image, reference[index]), _painted(image, predicted[index])]
-            self.writer.add_image(f"prediction/{volume.volume}", np.concatenate(panels, 1), 0, dataformats="HWC")
+            picture = _enlarged(np.concatenate(panels, 1), len(image))
+            self.writer.add_image(f"prediction/{volume.volume}", picture, 0, dataformats="HWC")
 
 
 def side_by_side(views: Views) -> np.ndarray:
@@ -100,7 +101,13 @@ def side_by_side(views: Views) -> np.ndarray:
         if views.labels is not None:
             panels.append(_painted(panels[0], _flat(views.labels[row].cpu())))
         rows.append(np.concatenate(panels, 1))
-    return np.concatenate(rows, 0)
+    return _enlarged(np.concatenate(rows, 0), len(columns[0][0]))
+
+
+def _enlarged(picture: np.ndarray, side: int) -> np.ndarray:
+    """Every pixel as many times as make panels of `side` pixels about 128 wide."""
+    times = max(1, 128 // side)
+    return picture.repeat(times, 0).repeat(times, 1)
 
 
 def _flat(image: Tensor) -> Tensor:
