@@ -92,7 +92,7 @@ class Segment(nn.Module):
         """`crops` labelled crops of every slice, each with its own draw of the chain."""
         side = self.config.side
         if side is None:
-            raise ValueError("segment: the side of a crop is not known; set method.side to a number of pixels")
+            raise ValueError("segment: the side of a crop is not known; set finetune.side to a number of pixels")
         image, label, size = (batch[key].repeat_interleave(self.config.crops, 0) for key in ("image", "label", "size"))
         corner = augment.balanced_corners(label, size, side, rng) if self.config.balanced else anywhere(size, side, rng)
         images, labels = augment.labelled_view(image, label, corner, side, self.config, rng)

@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from medssl.methods import augment, crops, gather, monitors, settings
+from medssl.methods import gather, pairs, settings
 from medssl.methods.gather import JointBatchNorm
 from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import Batch, Loss, Method, Step, Views
@@ -72,40 +72,16 @@ class SimSiam(nn.Module):
 
     def augment(self, batch: Batch, rng: Generator) -> Views:
         """Two crops of every slice, each through its own draw of the chain. Slices that cannot hold a pair are left out."""
-        side = self.config.side
-        if side is None:
-            raise ValueError("simsiam: the side of a view is not known; set method.side to a number of pixels")
-        pair = crops.pair(batch["size"], self.config, rng)
-        image, corners, extents, iou = batch["image"], list(pair.corners), list(pair.extents), pair.iou
-        if self.config.unreachable == "skip":
-            held = pair.held
-            if not held.any():
-                raise ValueError(
-                    "simsiam: no slice of this batch can hold such a pair; lower pretrain.side or change pretrain.iou"
-                )
-            image, iou = image[held], iou[held]
-            corners, extents = [c[held] for c in corners], [e[held] for e in extents]
-        resized = self.config.crop == "resized"  # else boxes are known to have `side` pixels, without asking the device
-        views = [
-            augment.view(image, corner, extent if resized else None, side, self.config, rng)
-            for corner, extent in zip(corners, extents, strict=True)
-        ]
-        drawn = {"iou": iou.float().mean(), "skipped": (~pair.held).sum().float()}
-        return Views(views, corners, extents, monitors=drawn)
+        return pairs.pair_views(batch, self.config, rng, "simsiam")
 
     def loss(self, views: Views, step: Step) -> Loss:
         y1, y2 = (self.encoder(x)[-1].flatten(2).mean(2) for x in views.images)
         z1, z2 = self.projector(y1), self.projector(y2)
         p1, p2 = self.predictor(z1), self.predictor(z2)
         similarity = (negative_cosine(p1, z2.detach()) + negative_cosine(p2, z1.detach())) / 2
-        watched = {
-            # Of p, not z: the projector ends in a BatchNorm without scale, which gives z unit variance over the batch,
-            # collapsed or not. Only what comes after (p) or before (y) can show a collapse.
-            "collapse": monitors.collapse(p1),
-            "feature_spread": monitors.spread(y1),
-        }
-        if y1.device.type == "cpu" or (step.total - step.index) % 10 == 1:  # it waits for the device; also at the end
-            watched["effective_rank"] = monitors.effective_rank(y1)
+        # Of p, not z: the projector ends in a BatchNorm without scale, which gives z unit variance over the batch, collapsed or
+        # not. Only what comes after (p) or before (y) can show a collapse.
+        watched = pairs.health(y1, p1, step)
         return Loss({"similarity": gather.mean(similarity.sum(), len(similarity))}, watched)
 
     def after_step(self, step: Step) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from medssl.methods import gather
+from medssl.methods import barlow_twins, gather, simclr, vicreg
 from medssl.methods.networks.unet import Config, UNet
 from medssl.methods.protocol import UNLABELLED, Step, Views
 from medssl.methods.segment import Config as SegmentConfig
@@ -77,11 +77,23 @@ def segment(dice_over: Literal["slice", "batch"] = "slice") -> Whole:
     return Whole(method, lambda part: method.loss(Views([images[part]], labels=labels[part]), Step(0, 1)).total)
 
 
+def paired(method: Callable[[nn.Module], nn.Module]) -> Whole:
+    """A method of two views, batch norm in its encoder."""
+    model = method(UNet(1, 2, Config(width=4, levels=2, norm="batch")).encoder)
+    views = [torch.randn(8, 1, 8, 8) for _ in range(2)]
+    return Whole(model, lambda part: model.loss(Views([view[part] for view in views]), Step(0, 1)).total)
+
+
 CASES: dict[str, Callable[[], Whole]] = {
     "simsiam": simsiam,
     "contrastive": contrastive,
     "gathered_whole": gathered_whole,
     "segment": segment,
+    "simclr": lambda: paired(lambda encoder: simclr.SimCLR(encoder, simclr.Config(side=8, d=6, hidden=12))),
+    "barlow_twins": lambda: paired(
+        lambda encoder: barlow_twins.BarlowTwins(encoder, barlow_twins.Config(side=8, d=4, hidden=12))
+    ),
+    "vicreg": lambda: paired(lambda encoder: vicreg.VICReg(encoder, vicreg.Config(side=8, d=16, hidden=12))),
     "segment, Dice over the batch": lambda: segment("batch"),
 }
 

@@ -178,7 +178,7 @@ def test_two_terms_of_one_name_are_refused():
 
 
 def test_an_unresolved_side_is_refused():
-    with pytest.raises(ValueError, match=r"side of a crop is not known; set method\.side"):
+    with pytest.raises(ValueError, match=r"side of a crop is not known; set finetune\.side"):
         segment(side=None).augment(batch(), rng())
 
 

@@ -121,7 +121,7 @@ def test_resized_boxes_give_views_of_the_asked_side():
 
 
 def test_an_unresolved_side_is_refused():
-    with pytest.raises(ValueError, match=r"side of a view is not known; set method\.side"):
+    with pytest.raises(ValueError, match=r"side of a view is not known; set pretrain\.side"):
         method(side=None).augment(batch(), rng())
 
 
