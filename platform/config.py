@@ -135,6 +135,21 @@ def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def suited(defaults: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` on top of a data set's dotted defaults, those left out that its network and methods have no setting for."""
+    chosen, kept = stack([BASE, tree]), {}
+    for dotted, value in defaults.items():
+        section, _, key = dotted.partition(".")
+        kind = {"network": "network", "pretrain": "method", "finetune": "method"}.get(section)
+        part = chosen.get(section)
+        if kind and isinstance(part, Mapping) and not key.startswith("training."):
+            names = {entry.name for entry in dataclasses.fields(find.settings(kind, part["name"]))}
+            if key not in names:
+                continue
+        kept[dotted] = value
+    return stack([nested(kept), tree])
+
+
 def override(text: str) -> tuple[str, Any]:
     """One `-o key=value` as (dotted name, YAML value)."""
     import yaml

@@ -60,10 +60,10 @@ def _fulfil(job: stages.Job, say: Say) -> dict[str, Any]:
 def _experiment(
     data: str, files: Sequence[Path], overrides: Sequence[str], last: dict[str, Any], say: Say
 ) -> tuple[config.Experiment, Store, Split]:
-    tree = config.stack([layers(data, {}, tuple(files), tuple(overrides)), last])
+    tree = config.stack([layers(data, tuple(files), tuple(overrides)), last])
     config.build(tree)  # refuse what is wrong before any data are touched
     store = catalogue.open_store(data, say=say)
-    experiment = config.build(config.stack([layers(data, store.defaults, tuple(files), tuple(overrides)), last]))
+    experiment = config.build(config.suited(store.defaults, tree))
     split = catalogue.split(store, experiment.data.split)
     return plan.resolve(experiment, store, split), store, split
 

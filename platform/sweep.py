@@ -53,7 +53,8 @@ class Sweep:
     question: str
     control: str
     search: str
-    base: Mapping[str, Any]  # the tree that all arms share
+    base: Mapping[str, Any]  # the tree that all arms share, as typed
+    defaults: Settings  # the data set's, under it
     k: int
     m: int
     store: Path
@@ -81,7 +82,7 @@ class Sweep:
         return {}
 
     def experiment(self, settings: Settings) -> Experiment:
-        return config.build(config.stack([self.base, config.nested(settings)]))
+        return config.build(config.suited(self.defaults, config.stack([self.base, config.nested(settings)])))
 
     def chains(self) -> list[Chain]:
         """Every chain of every arm asked for so far."""
@@ -110,11 +111,10 @@ def load_space(name: str) -> ModuleType:
     return module
 
 
-def layers(data: str, defaults: Settings, files: tuple[Path, ...], overrides: tuple[str, ...]) -> dict[str, Any]:
-    """The settings' tree of a command line: the data set's defaults, then files, then overrides."""
+def layers(data: str, files: tuple[Path, ...], overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The settings' tree of a command line: files, then overrides."""
     given = dict(map(config.override, overrides))
-    name = {"data": {"name": data}}
-    return config.stack([config.nested(defaults), *map(config.read, files), config.nested(given), name])
+    return config.stack([*map(config.read, files), config.nested(given), {"data": {"name": data}}])
 
 
 def _check(request: Request) -> tuple[ModuleType, dict[str, Settings], dict[str, Settings] | None]:
@@ -122,7 +122,7 @@ def _check(request: Request) -> tuple[ModuleType, dict[str, Settings], dict[str,
     space = load_space(request.space)
     if request.search not in ("grid", "tpe", "gp", "random"):
         raise UsageError(f"--search {request.search}: {find.nearest(request.search, ['grid', 'tpe', 'gp', 'random'])}")
-    base = layers(request.data, {}, request.files, request.overrides)
+    base = layers(request.data, request.files, request.overrides)
     arms = space.arms()
     if space.CONTROL not in arms:
         raise UsageError(f'{request.space}: its control "{space.CONTROL}" is not among its arms')
@@ -153,17 +153,19 @@ def _refuse_early(request: Request, store: Store, arms: Mapping[str, Settings]) 
 
 def _bind(request: Request, space: ModuleType, store: Store) -> Sweep:
     """The sweep of a request in its folder; k and m grow an earlier one with the same name."""
-    base = layers(request.data, store.defaults, request.files, request.overrides)
-    split = catalogue.split(store, config.build(base).data.split)
+    base = layers(request.data, request.files, request.overrides)
+    split = catalogue.split(store, config.build(config.suited(store.defaults, base)).data.split)
     name = Path(request.space).stem.replace("_", "-")
-    what = [base, store.content_hash, dataclasses.asdict(split), request.search]
+    what = [base, store.defaults, store.content_hash, dataclasses.asdict(split), request.search]
     what.append(space.arms() if request.search == "grid" else Path(str(space.__file__)).read_text())
     folder = Site.here().runs / "sweeps" / f"{name}-{store.name}-{config.digest(what)[:6]}"
     k, m = request.k, request.m
     if (folder / "sweep.json").exists():
         earlier = Sweep.open(folder)
         k, m = max(k, earlier.k), max(m, earlier.m)
-    return Sweep(name, space.QUESTION, space.CONTROL, request.search, base, k, m, store.root, split.name, folder)
+    return Sweep(
+        name, space.QUESTION, space.CONTROL, request.search, base, store.defaults, k, m, store.root, split.name, folder
+    )
 
 
 def dry_run(request: Request, say: Say) -> str:

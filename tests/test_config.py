@@ -88,3 +88,14 @@ def test_a_settings_file_that_is_none_is_refused(tmp_path):
 def test_a_digest_follows_content_alone():
     assert config.digest({"a": 1, "b": (1, 2)}) == config.digest({"b": [1, 2], "a": 1})
     assert config.digest({"a": 1}) != config.digest({"a": 2})
+
+
+def test_a_data_sets_defaults_lie_under_what_is_typed_and_apply_where_the_method_has_them():
+    defaults = {"pretrain.d": 8, "pretrain.bottleneck": 4, "pretrain.training.steps": 3, "data.labelled": 2}
+    experiment = config.build(config.suited(defaults, config.nested({"pretrain.d": 16})))
+    assert (experiment.pretrain.settings.d, experiment.pretrain.settings.bottleneck) == (16, 4)
+    other = config.build(config.suited(defaults, config.nested({"pretrain.name": "byol"})))
+    assert (other.pretrain.name, other.pretrain.settings.d, other.pretrain.training.steps) == ("byol", 8, 3)
+    assert config.build(config.suited(defaults, {"pretrain": None})).data.labelled == 2
+    with pytest.raises(UsageError, match="unknown key"):
+        config.build(config.suited(defaults, config.nested({"pretrain.name": "byol", "pretrain.bottleneck": 2})))

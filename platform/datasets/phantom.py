@@ -42,7 +42,9 @@ DEFAULTS = {
     "network.levels": 4,
     "pretrain.side": 32,
     "pretrain.d": 256,
-    "pretrain.bottleneck": 64,
+    "pretrain.bottleneck": 64,  # and below, what other methods than SimSiam have
+    "pretrain.hidden": 256,
+    "pretrain.queue": 512,
     "pretrain.training.steps": 120,
     "pretrain.training.batch": 32,
     "pretrain.training.lr": 0.05,
