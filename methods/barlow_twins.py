@@ -53,6 +53,7 @@ class Training(settings.Training):
     end_lr: float = 3e-7  # a thousandth of the peak, sec. 2.2
     epochs: float = 100  # paper: 1000
     batch: int = 128  # paper: 2048
+    stop_on_collapse: bool = False  # the loss itself keeps views apart; young features may still look collapsed
 
 
 class BarlowTwins(nn.Module):

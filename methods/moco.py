@@ -67,6 +67,7 @@ class Training(settings.Training):
     end_lr: float = 0.0  # v2: a cosine
     epochs: float = 200
     batch: int = 256
+    stop_on_collapse: bool = False  # the loss itself keeps views apart; young features may still look collapsed
 
 
 class MoCo(nn.Module):

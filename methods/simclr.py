@@ -55,6 +55,7 @@ class Training(settings.Training):
     end_lr: float = 0.0
     epochs: float = 100  # sec. 2.3
     batch: int = 128  # paper: 4096
+    stop_on_collapse: bool = False  # the loss itself keeps views apart; young features may still look collapsed
 
 
 class SimCLR(nn.Module):

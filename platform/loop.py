@@ -29,10 +29,10 @@ from medssl.platform.errors import RunError, UsageError
 # exceeds COLLAPSED on average over a window, that is when the features spread a twentieth of what independent ones would
 # (Chen and He 2021, sec. 4.1). It is meant to stop only what is beyond doubt: two collapsed models of the CT study stand
 # at 0.86 and 0.97; below the bound the monitor is reported and the run goes on. Windows are counted in steps, not seconds,
-# so that a run ends at the same step on every machine; heads may start anywhere, so the first steps do not count.
+# so that a run ends at the same step on every machine; heads may start anywhere, so the first half does not count.
 COLLAPSED = 0.95
 WINDOW = 0.05  # of the steps, but at least ten of them: a single batch says little
-GRACE = 0.1  # of the steps
+GRACE = 0.5  # of the steps: untrained features may lie so close together that the index begins above 0.95 (BYOL: 0.98)
 
 SAVING = 0.02  # most of the time that may go into saving
 

@@ -180,11 +180,11 @@ def collapsing(at: int) -> Any:
 
 
 def test_a_collapsed_pretraining_ends_at_the_window_that_shows_it() -> None:
-    """400 steps: windows of 20, the first 40 do not count."""
-    assert loop.train(collapsing(100), batches, PLAIN, steps=400, seed=0).step == 120
-    assert loop.train(collapsing(101), batches, PLAIN, steps=400, seed=0).step == 140  # one healthy step in the window
+    """400 steps: windows of 20, the first 200 do not count."""
+    assert loop.train(collapsing(260), batches, PLAIN, steps=400, seed=0).step == 280
+    assert loop.train(collapsing(261), batches, PLAIN, steps=400, seed=0).step == 300  # one healthy step in the window
     early = loop.train(collapsing(0), batches, PLAIN, steps=400, seed=0)
-    assert (early.status, early.step) == ("collapsed", 60)
+    assert (early.status, early.step) == ("collapsed", 220)
     lenient = dataclasses.replace(PLAIN, stop_on_collapse=False)
     assert loop.train(collapsing(0), batches, lenient, steps=400, seed=0).status == "finished"
 
@@ -194,18 +194,18 @@ def test_the_stop_rule_continues_with_the_run() -> None:
     states: list[Any] = []
 
     def stop(step: int, *_: Any) -> None:
-        if step == 110:
+        if step == 270:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         loop.train(
-            collapsing(101), batches, PLAIN, steps=400, seed=0, on_step=stop, save=states.append, report_seconds=0,
+            collapsing(261), batches, PLAIN, steps=400, seed=0, on_step=stop, save=states.append, report_seconds=0,
             save_seconds=0,
         )  # fmt: skip
-    assert states[-1]["step"] == 109
-    outcome = loop.train(collapsing(101), batches, PLAIN, steps=400, seed=0, resume=states[-1], save=states.append)
-    assert (outcome.status, outcome.step) == ("collapsed", 140)
-    assert loop.train(collapsing(101), batches, PLAIN, steps=400, seed=0, resume=states[-1]) == outcome
+    assert states[-1]["step"] == 269
+    outcome = loop.train(collapsing(261), batches, PLAIN, steps=400, seed=0, resume=states[-1], save=states.append)
+    assert (outcome.status, outcome.step) == ("collapsed", 300)
+    assert loop.train(collapsing(261), batches, PLAIN, steps=400, seed=0, resume=states[-1]) == outcome
 
 
 def test_reports_are_means_since_the_last_and_miss_no_step() -> None:
