@@ -76,7 +76,7 @@ class BarlowTwins(nn.Module):
         return pairs.pair_views(batch, self.config, rng, "barlow_twins")
 
     def loss(self, views: Views, step: Step) -> Loss:
-        y1, y2 = (self.encoder(x)[-1].flatten(2).mean(2) for x in views.images)
+        y1, y2 = (pairs.feature(self.encoder(x)) for x in views.images)
         z1, z2 = self.projector(y1), self.projector(y2)
         # Every worker computes the joint loss from all rows, (N, d): far less to send than matrices of d x d.
         invariance, redundancy = objective(gather.rows(z1)[0], gather.rows(z2)[0])

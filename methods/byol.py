@@ -30,7 +30,7 @@ from torch import Generator, Tensor, nn
 from medssl.methods import gather, settings
 from medssl.methods.gather import JointBatchNorm
 from medssl.methods.optimizers import decay_groups
-from medssl.methods.pairs import health, pair_views
+from medssl.methods.pairs import feature, health, pair_views
 from medssl.methods.protocol import Batch, Loss, Method, Step, Views
 from medssl.methods.teacher import Teacher, cosine_momentum
 
@@ -104,11 +104,6 @@ def head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
         nn.Linear(inputs, hidden, bias=False), JointBatchNorm(hidden), nn.ReLU(inplace=True),
         nn.Linear(hidden, outputs, bias=False),
     )  # fmt: skip
-
-
-def feature(maps: list[Tensor]) -> Tensor:
-    """y: the mean over the coarsest map (n, features, ...), as (n, features)."""
-    return maps[-1].flatten(2).mean(2)
 
 
 def distance(q: Tensor, z: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Generator, Tensor, nn
 
 from medssl.methods import gather, settings
 from medssl.methods.optimizers import decay_groups
-from medssl.methods.pairs import health, pair_views
+from medssl.methods.pairs import feature, health, pair_views
 from medssl.methods.protocol import Batch, Loss, Method, Step, Views
 from medssl.methods.teacher import Teacher
 
@@ -129,11 +129,6 @@ class MoCo(nn.Module):
 
     def transferable_state(self) -> dict[str, Tensor]:
         return self.encoder.state_dict()
-
-
-def feature(maps: list[Tensor]) -> Tensor:
-    """The mean over the coarsest map (n, features, ...), as (n, features)."""
-    return maps[-1].flatten(2).mean(2)
 
 
 def compare(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:

@@ -1,5 +1,7 @@
 """What the methods that compare two views of a slice have in common: their views, a check of health, and one norm."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Generator, Tensor
 
@@ -34,6 +36,11 @@ def pair_views(batch: Batch, config: PairCrops, rng: Generator, name: str) -> Vi
     ]
     drawn = {"iou": iou.float().mean(), "skipped": (~pair.held).sum().float()}
     return Views(views, corners, extents, monitors=drawn)
+
+
+def feature(maps: Sequence[Tensor]) -> Tensor:
+    """y: the mean over the encoder's coarsest map (n, features, ...), as (n, features)."""
+    return maps[-1].flatten(2).mean(2)
 
 
 def health(features: Tensor, z: Tensor, step: Step) -> dict[str, Tensor]:

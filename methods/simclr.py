@@ -78,7 +78,7 @@ class SimCLR(nn.Module):
 
     def loss(self, views: Views, step: Step) -> Loss:
         n = len(views.images[0])
-        y = self.encoder(torch.cat(views.images))[-1].flatten(2).mean(2)  # both views in one pass: joint statistics
+        y = pairs.feature(self.encoder(torch.cat(views.images)))  # both views in one pass: joint statistics
         z = self.projector(y)
         logits, partners = similarities(z[:n], z[n:], self.config.temperature)
         contrast = gather.mean(F.cross_entropy(logits, partners, reduction="sum"), 2 * n)

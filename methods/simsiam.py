@@ -75,7 +75,7 @@ class SimSiam(nn.Module):
         return pairs.pair_views(batch, self.config, rng, "simsiam")
 
     def loss(self, views: Views, step: Step) -> Loss:
-        y1, y2 = (self.encoder(x)[-1].flatten(2).mean(2) for x in views.images)
+        y1, y2 = (pairs.feature(self.encoder(x)) for x in views.images)
         z1, z2 = self.projector(y1), self.projector(y2)
         p1, p2 = self.predictor(z1), self.predictor(z2)
         similarity = (negative_cosine(p1, z2.detach()) + negative_cosine(p2, z1.detach())) / 2

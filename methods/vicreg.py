@@ -88,7 +88,7 @@ class VICReg(nn.Module):
 
     def loss(self, views: Views, step: Step) -> Loss:
         config = self.config
-        y1, y2 = (self.encoder(x)[-1].flatten(2).mean(2) for x in views.images)
+        y1, y2 = (pairs.feature(self.encoder(x)) for x in views.images)
         z1, z2 = (self.expander(y).float() for y in (y1, y2))
         all1, all2 = gather.rows(z1)[0], gather.rows(z2)[0]  # every worker computes the joint moments
         alive = variance(all1, config.gamma, config.epsilon) + variance(all2, config.gamma, config.epsilon)

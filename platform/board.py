@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -78,7 +78,7 @@ class Board:
         counts = torch.histc(iou, bins=BINS, min=0, max=1).int().tolist()
         atomic.write_json(self.folder / "iou.json", {"bins": BINS, "counts": counts, "exactly_0": int((iou == 0).sum())})
 
-    def prediction(self, volume: Volume, predicted: Tensor, classes: Sequence[str]) -> None:
+    def prediction(self, volume: Volume, predicted: Tensor) -> None:
         """The slice with most foreground: image, reference and prediction."""
         if self.folder:
             reference = volume.label if volume.label is not None else torch.full_like(predicted, UNLABELLED)

@@ -161,7 +161,8 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
         scores += _scores(model, validation, store, experiment, "val", surface=False)
         ledger.write(job.work.site.runs, job.stage.id, contract(store, split), scores)
     with Board(job.folder) as board:
-        board.prediction(test[0], evaluate.infer(model, test[0], side=window(experiment), device=device), store.classes)
+        side, overlap = window(experiment), experiment.evaluate.overlap  # as it was scored
+        board.prediction(test[0], evaluate.infer(model, test[0], side=side, overlap=overlap, device=device))
     return {
         "status": outcome.status,
         "step": kept["step"],
