@@ -46,7 +46,7 @@ def build(method: Method, training: Training) -> Optimizer:
     if training.optimizer == "sgd":
         return SGD(groups, lr=training.lr, momentum=training.momentum, fused=fused)
     if training.optimizer == "adamw":
-        return AdamW(groups, lr=training.lr, fused=fused)
+        return AdamW(groups, lr=training.lr, betas=training.betas, fused=fused)
     raise ValueError(f'optimizer "{training.optimizer}": expected sgd or adamw')
 
 

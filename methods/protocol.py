@@ -54,6 +54,7 @@ class Views:
     corners: list[Tensor] = field(default_factory=list)  # v tensors, each (n, D), int64: first pixel of the source box
     extents: list[Tensor] = field(default_factory=list)  # v tensors, each (n, D), int64: sides of the source box, pixels
     labels: Tensor | None = None  # (n, s, s) int64, UNLABELLED where the slice carries no label
+    masks: list[Tensor] = field(default_factory=list)  # v tensors, each (n, t), bool: patches hidden from the network
     monitors: dict[str, Tensor] = field(default_factory=dict)  # what the draws looked like: realised IoU, skipped slices
 
 

@@ -22,6 +22,7 @@ class Training:
     warmup: float = 0.0  # fraction of the steps in which lr rises linearly from 0
     weight_decay: float = 1e-5  # on weights of two and more dimensions only
     momentum: float = 0.9  # of sgd
+    betas: tuple[float, float] = (0.9, 0.999)  # of adamw
     clip: float | None = None  # largest gradient norm
     accumulate: int = 1  # micro-batches per optimizer step
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -34,6 +35,8 @@ class Training:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"{name} is {value}: expected more than 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}: expected 0 <= beta < 1")
         if self.steps == 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0 or not 0 <= self.end_lr <= self.lr:
             raise ValueError("expected steps > 0, 0 <= warmup < 1, weight_decay >= 0 and 0 <= end_lr <= lr")
         if self.batch % self.accumulate:
