@@ -275,7 +275,7 @@ class Decoder(nn.Module):
         skips = [self.image(images), *(up(z) for up, z in zip(self.lifts, early, strict=True))]
         for up, block, skip in zip(self.ups, self.blocks, reversed(skips), strict=True):
             crop = (..., *(slice(side) for side in skip.shape[2:]))  # the image alone has sides that are no whole patches
-            x = block(torch.cat([skip, up(x)[crop]], dim=1))
+            x = block(torch.cat([up(x)[crop], skip], dim=1))
         return x
 
 

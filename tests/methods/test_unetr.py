@@ -1,13 +1,22 @@
-"""Facts of UNETR and its Vision Transformer: against torch's attention, the published sizes, and MONAI's network."""
+"""Facts of UNETR and its Vision Transformer: against torch's attention, the published sizes, and MONAI's blocks."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medssl.methods.networks.unetr import UNETR, Attention, Block, Config, Encoder, Residual
+from medssl.methods.networks.unetr import UNETR, Attention, Block, Config, Decoder, Encoder
 
 SMALL = {"patch": 8, "d": 16, "depth": 4, "heads": 2, "width": 4, "grid": 3}
+
+
+class Unequal(tuple):
+    """A grid that no other equals, so that positions are interpolated even to itself."""
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = tuple.__hash__
 
 
 def encoder(**settings) -> Encoder:
@@ -33,7 +42,12 @@ def test_a_block_is_torchs_transformer_layer_with_norms_first():
     torch.manual_seed(0)
     ours, x = Block(24, 3), torch.randn(2, 7, 24)
     theirs = nn.TransformerEncoderLayer(24, 3, 96, 0.0, F.gelu, 1e-6, batch_first=True, norm_first=True)
-    names = {"attn.qkv.": "self_attn.in_proj_", "attn.proj.": "self_attn.out_proj.", "mlp.fc1.": "linear1.", "mlp.fc2.": "linear2."}
+    names = {
+        "attn.qkv.": "self_attn.in_proj_",
+        "attn.proj.": "self_attn.out_proj.",
+        "mlp.fc1.": "linear1.",
+        "mlp.fc2.": "linear2.",
+    }
     state = ours.state_dict()
     for own, other in names.items():
         state = {key.replace(own, other): value for key, value in state.items()}
@@ -42,7 +56,7 @@ def test_a_block_is_torchs_transformer_layer_with_norms_first():
 
 
 def test_vit_b_16_has_the_published_86_million_weights():
-    """Per block 12 d² + 13 d; patches, positions of 14 x 14 and the class token; the head of 1000 classes makes it 86.6 million."""
+    """Per block 12 d² + 13 d; patches, positions of 14 x 14, the class token; 86.6 million with 1000 classes."""
     d = 768
     closed = 12 * (12 * d**2 + 13 * d) + (3 * 16**2 * d + d) + 197 * d + d + 2 * d
     with torch.device("meta"):
@@ -51,7 +65,14 @@ def test_vit_b_16_has_the_published_86_million_weights():
 
 
 def test_parameters_in_2d_have_the_names_and_shapes_of_timm():
-    block = {"norm1": (16,), "attn.qkv": (48, 16), "attn.proj": (16, 16), "norm2": (16,), "mlp.fc1": (64, 16), "mlp.fc2": (16, 64)}
+    block = {
+        "norm1": (16,),
+        "attn.qkv": (48, 16),
+        "attn.proj": (16, 16),
+        "norm2": (16,),
+        "mlp.fc1": (64, 16),
+        "mlp.fc2": (16, 64),
+    }
     layers = {f"blocks.{i}.{name}": shape for i in range(4) for name, shape in block.items()}
     layers |= {"patch_embed.proj": (16, 1, 8, 8), "norm": (16,)}
     expected = {f"{name}.weight": shape for name, shape in layers.items()}
@@ -60,30 +81,34 @@ def test_parameters_in_2d_have_the_names_and_shapes_of_timm():
     assert {key: tuple(value.shape) for key, value in encoder().state_dict().items()} == expected
 
 
-@pytest.mark.parametrize("sides", [(96, 96), (96, 96, 96)])
-def test_weights_are_those_of_monai_plus_what_is_stated(sides):
-    """More than MONAI's: the class token, its position and its bias-free twin's biases of q, k, v; scale and shift of norms."""
-    monai = pytest.importorskip("monai.networks.nets.unetr")
-    dims, d = len(sides), 768
-    with torch.device("meta"):
-        theirs = monai.UNETR(1, 3, sides, spatial_dims=dims)
-        ours = UNETR(1, 3, Config(spatial_dims=dims))
-    vit = size(theirs.vit) - sum(size(block.cross_attn) + size(block.norm_cross_attn) for block in theirs.vit.blocks)
-    assert size(ours.encoder) == vit + 2 * d + 12 * 3 * d
-    kinds = (nn.InstanceNorm2d, nn.InstanceNorm3d)
-    norms = sum(2 * module.num_features for module in ours.modules() if isinstance(module, kinds))
-    assert size(ours) - size(ours.encoder) - norms == size(theirs) - size(theirs.vit)
-
-
-def test_a_residual_block_is_that_of_monai():
-    blocks = pytest.importorskip("monai.networks.blocks.dynunet_block")
+@pytest.mark.parametrize("sides", [(32, 32), (32, 16, 32)])
+def test_the_decoder_is_that_of_monai(sides):
+    """Its blocks joined as in MONAI's UNETR, which itself needs einops, with our weights in order of depth."""
+    blocks = pytest.importorskip("monai.networks.blocks.unetr_block")
     torch.manual_seed(0)
-    ours, theirs = Residual(3, 5, Config()), blocks.UnetResBlock(2, 3, 5, 3, 1, "instance")
-    convolutions = [module for module in ours.modules() if isinstance(module, nn.Conv2d)]
-    for own, other in zip(convolutions, (theirs.conv1, theirs.conv2, theirs.conv3), strict=True):
-        own.weight.data.copy_(other.conv.weight.data)
-    x = torch.randn(2, 3, 8, 8)
-    torch.testing.assert_close(ours(x), theirs(x))
+    dims, d, w = len(sides), 8, 2
+    ours = Decoder(3, Config(d=d, heads=2, width=w, spatial_dims=dims))
+    common = {"norm_name": "instance", "kernel_size": 3}
+    image = blocks.UnetrBasicBlock(dims, 3, w, stride=1, res_block=True, **common)
+    rising = {"stride": 1, "upsample_kernel_size": 2, "conv_block": True, "res_block": True} | common
+    lifts = [blocks.UnetrPrUpBlock(dims, d, w * 2**k, num_layer=3 - k, **rising) for k in (1, 2, 3)]
+    levels = [(d, 8 * w), (8 * w, 4 * w), (4 * w, 2 * w), (2 * w, w)]
+    ups = [blocks.UnetrUpBlock(dims, *level, upsample_kernel_size=2, res_block=True, **common) for level in levels]
+
+    theirs = nn.ModuleList([image, *lifts, *ups])
+    parts = [ours.image, ours.lifts, *(part for pair in zip(ours.ups, ours.blocks, strict=True) for part in pair)]
+    own = [p for part in parts for p in part.parameters() if p.dim() > 1]
+    other = list(theirs.parameters())
+    for target, source in zip(other, own, strict=True):
+        target.data.copy_(source.data)
+    assert sum(p.numel() for p in own) == size(theirs)
+
+    x, maps = torch.randn(2, 3, *sides), [torch.randn(2, d, *(side // 16 for side in sides)) for _ in range(4)]
+    skips = [image(x), *(block(z) for block, z in zip(lifts, maps, strict=False))]
+    expected = maps[-1]
+    for up, skip in zip(ups, reversed(skips), strict=True):
+        expected = up(expected, skip)
+    torch.testing.assert_close(ours(x, maps), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_running_the_blocks_on_a_permuted_subset_gives_the_permuted_tokens_of_that_subset():
@@ -122,14 +147,27 @@ def test_a_masked_patch_is_the_mask_token_at_its_position_and_others_are_as_with
 @pytest.mark.parametrize("dims", [2, 3])
 def test_positions_of_the_stored_grid_are_those_stored_and_interpolating_to_it_changes_nothing(dims):
     vit = encoder(spatial_dims=dims)
-    assert torch.equal(vit.positions((3,) * dims), vit.pos_embed[:, 1:])
-    stored = vit.stored
-    vit.stored = (*stored[:-1], -1)  # no grid equals it: the path of other grids, with the same grid
-    vit.pos_embed.data = vit.pos_embed.data[:, : 1 + 3**dims]
-    grid = vit.pos_embed[:, 1:].transpose(1, 2).unflatten(2, stored)
-    same = F.interpolate(grid, stored, mode="bicubic" if dims == 2 else "trilinear", align_corners=False)
-    vit.stored = stored
-    torch.testing.assert_close(vit.positions(stored), same.flatten(2).transpose(1, 2))
+    assert torch.equal(vit.positions(vit.stored), vit.pos_embed[:, 1:])
+    stored, vit.stored = list(vit.stored), Unequal(vit.stored)
+    torch.testing.assert_close(vit.positions(stored), vit.pos_embed[:, 1:])
+
+
+def cubic(x: float, a: float = -0.75) -> float:
+    """Keys' kernel, https://doi.org/10.1109/TASSP.1981.1163711, with the parameter of torch."""
+    x = abs(x)
+    return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0
+
+
+@pytest.mark.parametrize(("dims", "kernel"), [(2, cubic), (3, lambda x: max(0, 1 - abs(x)))])
+def test_positions_on_a_finer_grid_are_interpolated_at_the_centres_of_its_patches(dims, kernel):
+    vit = encoder(spatial_dims=dims, grid=6)
+    inner = range(3, 6)  # of 9 patches, where no kernel reaches the border of the 6
+    weights = torch.tensor([[kernel((fine + 0.5) * 6 / 9 - 0.5 - stored) for stored in range(6)] for fine in inner])
+    expected = vit.pos_embed[0, 1:].unflatten(0, (6,) * dims)
+    for axis in range(dims):
+        expected = torch.tensordot(weights, expected, ([1], [axis])).movedim(0, axis)
+    fine = vit.positions((9,) * dims).unflatten(1, (9,) * dims)[0]
+    torch.testing.assert_close(fine[(slice(3, 6),) * dims], expected)
 
 
 @pytest.mark.parametrize("sides", [(5, 4), (2, 3, 4)])
@@ -180,7 +218,9 @@ def test_drop_path_rises_linearly_from_0():
     assert [block.drop_path for block in encoder(drop_path=0.3).blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
-@pytest.mark.parametrize("wrong", [{"patch": 12}, {"depth": 6}, {"heads": 5}, {"drop_path": 1.0}, {"width": 0}, {"mlp_ratio": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"patch": 12}, {"depth": 6}, {"heads": 5}, {"drop_path": 1.0}, {"width": 0}, {"mlp_ratio": 0}]
+)
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}( is)? {next(iter(wrong.values()))}"):
         Config(**wrong)
