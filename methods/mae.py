@@ -35,7 +35,7 @@ Transfers: the encoder. The decoder is dropped.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class Config(settings.Chain):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(settings.Training):  # table 8
-    optimizer: Literal["sgd", "adamw"] = "adamw"
+    optimizer: settings.Optimizer = "adamw"
     lr: float = 7.5e-5  # at batch 128: the paper's 1.5e-4 · batch / 256
     end_lr: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
