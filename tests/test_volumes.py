@@ -294,6 +294,15 @@ def test_stopped_and_continued_equals_not_stopped_in_3d(slices: Slices, monkeypa
         assert all(torch.equal(continued[key], value) for key, value in whole.items())
 
 
+def test_volumes_that_do_not_fit_in_memory_are_refused_and_not_streamed(typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "fits", lambda *_: False)
+    code, said = typed("pretrain", "simsiam", "--data", "tiny", "--spatial-dims", 3, *overrides())
+    assert code == 1
+    assert "not streamed from disk in 3D; use fewer patients" in said
+    code, said = typed("pretrain", "simsiam", "--data", "tiny", "--spatial-dims", 3, *overrides("data.stream=node"))
+    assert code == 0, said
+
+
 def test_a_dry_run_speaks_of_volumes(typed) -> None:
     code, said = typed("sweep", "pretraining", "--data", "tiny", "--spatial-dims", 3, "--dry-run", *overrides())
     assert code == 0, said
