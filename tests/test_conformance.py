@@ -20,7 +20,6 @@ from medssl.methods.settings import Training
 from medssl.platform import find
 
 METHODS, NETWORKS = find.names("method"), find.names("network")
-SOLID = [name for name in NETWORKS if "spatial_dims" in {f.name for f in dataclasses.fields(find.settings("network", name))}]
 SMALL = {"side": 16, "width": 8, "levels": 3, "d": 16, "hidden": 16, "bottleneck": 8}  # where a Config has such a field
 CLASSES = 3
 SOURCE = re.compile(r"https?://(arxiv\.org/abs/\d{4}\.\d{4,5}|doi\.org/10\.\d{4,}/\S+|\S+\.\S+/\S+)")
@@ -41,8 +40,8 @@ def wants(name: str) -> str:
     return next(p for p in list(inspect.signature(find.load("method", name).METHOD).parameters)[:1])
 
 
-def method(name: str, seed: int = 0, **settings: Any) -> Any:
-    module, net = find.load("method", name), network(seed=seed, **settings)
+def method(name: str, seed: int = 0) -> Any:
+    module, net = find.load("method", name), network(seed=seed)
     return module.METHOD(net.encoder if wants(name) == "encoder" else net, shrunk(module.Config))
 
 
@@ -56,21 +55,6 @@ def batch(n: int = 6, side: int = 40) -> dict[str, Tensor]:
     label[1] = UNLABELLED
     numbers = {key: torch.arange(n) for key in ("patient", "volume", "index")}
     return {"image": image, "label": label, "size": size, "position": torch.linspace(0, 1, n)} | numbers
-
-
-def volumes(n: int = 6) -> dict[str, Tensor]:
-    """Volumes as `platform/volumes.py` delivers them: two depths, one without a label, no position."""
-    rng = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (n, 1, 24, 22, 20), generator=rng, dtype=torch.uint8)
-    label = torch.randint(0, CLASSES, (n, 24, 22, 20), generator=rng, dtype=torch.uint8)
-    size = torch.tensor([24, 22, 20]).repeat(n, 1)
-    image[0, ..., 17:], label[0, ..., 17:], size[0, 2] = 0, UNLABELLED, 17
-    label[1] = UNLABELLED
-    return {"image": image, "label": label, "size": size} | {key: torch.arange(n) for key in ("patient", "volume", "index")}
-
-
-def solid_views(subject: Any, seed: int = 0) -> Views:
-    return subject.augment(volumes(), torch.Generator().manual_seed(seed))
 
 
 def views(subject: Any, seed: int = 0) -> Views:
@@ -184,9 +168,33 @@ def test_saving_loading_and_continuing_equals_not_stopping(name):
 # Three dimensions
 
 
+SOLID = [name for name in NETWORKS if "spatial_dims" in {f.name for f in dataclasses.fields(find.settings("network", name))}]
+
+
+def solid_method(name: str) -> Any:
+    """A method around the 3D U-Net."""
+    module, net = find.load("method", name), network(spatial_dims=3)
+    return module.METHOD(net.encoder if wants(name) == "encoder" else net, shrunk(module.Config))
+
+
+def volumes(n: int = 6) -> dict[str, Tensor]:
+    """Volumes as `platform/volumes.py` delivers them: two depths, one without a label, no position."""
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (n, 1, 24, 22, 20), generator=rng, dtype=torch.uint8)
+    label = torch.randint(0, CLASSES, (n, 24, 22, 20), generator=rng, dtype=torch.uint8)
+    size = torch.tensor([24, 22, 20]).repeat(n, 1)
+    image[0, ..., 17:], label[0, ..., 17:], size[0, 2] = 0, UNLABELLED, 17
+    label[1] = UNLABELLED
+    return {"image": image, "label": label, "size": size} | {key: torch.arange(n) for key in ("patient", "volume", "index")}
+
+
+def solid_views(subject: Any, seed: int = 0) -> Views:
+    return subject.augment(volumes(), torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_from_volumes(name):
-    subject = method(name, spatial_dims=3)
+    subject = solid_method(name)
     drawn = solid_views(subject)
     assert all(images.dim() == 5 for images in drawn.images)
     loss = subject.loss(drawn, Step(1, 10))
@@ -198,7 +206,7 @@ def test_every_method_learns_from_volumes(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_equal_generators_give_equal_views_of_volumes(name):
-    subject = method(name, spatial_dims=3)
+    subject = solid_method(name)
     first, again, other = (tensors(solid_views(subject, seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

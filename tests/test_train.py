@@ -102,12 +102,11 @@ class Contrast(nn.Module):
 
 def build(name: str) -> Any:
     torch.manual_seed(0)
+    if name == "volumes":
+        return FixedSegment(unet.UNet(1, 3, unet.Config(width=4, levels=2, norm="batch", spatial_dims=3)))
     net = unet.UNet(1, 3, unet.Config(width=4, levels=3, norm="batch"))
     if name == "simsiam":
         return FixedSimSiam(net.encoder, simsiam.Config(d=16, bottleneck=8))
-    if name == "volumes":
-        solid = unet.UNet(1, 3, unet.Config(width=4, levels=2, norm="batch", spatial_dims=3))
-        return FixedSegment(solid)
     return FixedSegment(net) if name == "segment" else Contrast(net.encoder)
 
 
