@@ -40,6 +40,10 @@ def finetune(start: str | None, data: str, seed: int, files: Sequence[Path], ove
             raise UsageError(f"--from {start}: {folder.name} is not a finished pretraining")
         parent = folder.name
         tree["network"] = run["config"]["network"]
+        asked = layers(data, tuple(files), tuple(overrides)).get("network", {}).get("spatial_dims")
+        trained = tree["network"].get("spatial_dims", 2)
+        if asked not in (None, trained):
+            raise UsageError(f"--from {start}: its encoder reads {trained}D, not {asked}D; pretrain one in {asked}D")
     experiment, store, split = _experiment(data, files, overrides, tree, say)
     stage = plan.finetuning(0, experiment.seed * 1000, parent, experiment, store, split)
     chain = Chain(start or "from scratch", 0, experiment, None, (stage,))
@@ -50,9 +54,8 @@ def finetune(start: str | None, data: str, seed: int, files: Sequence[Path], ove
 def _fulfil(job: stages.Job, say: Say) -> dict[str, Any]:
     """The stage's end, told about on the way; Ray only comes up where the stage asks for several workers or for its stream."""
     resources, data = job.chain.experiment.resources, job.chain.experiment.data
-    needs_ray = (
-        resources.workers > 1 or data.stream == "ray" or (data.stream == "auto" and not stream.fits(Store.open(job.work.store)))
-    )
+    streamed = job.chain.experiment.spatial_dims == 2 and data.stream != "node"  # volumes are held in memory
+    needs_ray = resources.workers > 1 or data.stream == "ray" or (streamed and not stream.fits(Store.open(job.work.store)))
     with connected(None) if needs_ray else contextlib.nullcontext(), watch.Following(job.folder, say):
         return stages.fulfil(job)
 
@@ -128,7 +131,7 @@ def pictures(name: str, out: Path) -> list[Path]:
     for which, volume in (("worst", ranked[0]), ("best", ranked[-1])):
         slices = stream.Slices.read(store, patients=[patients[volume]])
         prepared = next(each for each in slices.volumes() if each.volume == volume)
-        predicted = evaluate.infer(model, prepared, side=stages.window(experiment), overlap=experiment.evaluate.overlap)
+        predicted = evaluate.infer(model, prepared, **stages.inference(experiment))
         written.append(out / f"{which}-{volume}.png")
         _save(written[-1], evaluate.picture(prepared, predicted))
     return written
@@ -152,8 +155,7 @@ def predict(name: str, files: Sequence[Path], out: Path, *, say: Say) -> list[Pa
         store.preset,
         files,
         out,
-        side=stages.window(experiment),
-        overlap=experiment.evaluate.overlap,
+        **stages.inference(experiment),
         channels=store.channels,
         progress=say,
     )
