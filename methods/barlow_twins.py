@@ -19,7 +19,7 @@ Transfers: the encoder. The projector is dropped.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
