@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -155,6 +156,38 @@ def test_a_driver_killed_in_a_pretraining_loses_nothing_and_repeats_nothing(here
     for folder in interrupted:
         steps = [json.loads(line)["step"] for line in (folder / "log.txt").read_text().splitlines()]
         assert steps[-1] == SMALL["pretrain"]["training"]["steps"]
+
+
+KILLS = 20
+
+
+def finished() -> dict[Path, int]:
+    """When each finished stage was."""
+    return {file: file.stat().st_mtime_ns for file in Site.here().runs.rglob("done.json")}
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(here, undisturbed, monkeypatch):
+    """From before Ray is up to the last leaderboard; a sweep that gets done between two kills makes way for a new one."""
+    scores, board = undisturbed
+    moment, killed, sweeps = random.Random(0), 0, 0
+    while killed < KILLS or outcome() != scores:
+        before, driver = finished(), medssl(*SWEEP)
+        try:
+            printed, _ = driver.communicate(timeout=moment.uniform(1, 15) if killed < KILLS else 300)
+            assert driver.returncode == 0, printed
+            assert outcome() == scores, "as if nothing had happened, to the last bit"
+            assert sweep.leaderboard(None, "csv", "dice") == board
+            if killed < KILLS:
+                sweeps += 1
+                monkeypatch.setenv("MEDSSL_RUNS", str(here / f"runs-{sweeps}"))
+        except subprocess.TimeoutExpired:
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+            killed += 1
+            now = finished()
+            assert all(now[file] == when for file, when in before.items()), "a finished stage ran again"
+    assert killed == KILLS
 
 
 def owner(folder: Path) -> int | None:
