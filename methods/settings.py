@@ -27,6 +27,7 @@ class Training:
     accumulate: int = 1  # micro-batches per optimizer step
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     evaluations: int = 10  # evenly spaced looks at the validation patients; the best one is kept (fine-tuning only)
+    snapshots: tuple[int | float, ...] = ()  # also keep the encoder here: steps, or, below 1, fractions of them
     stop_on_collapse: bool = True  # end a pretraining whose features have collapsed (see `platform/loop.py`)
 
     def __post_init__(self) -> None:
@@ -35,6 +36,8 @@ class Training:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"{name} is {value}: expected more than 0")
+        if any(place <= 0 or (place > 1 and place != int(place)) for place in self.snapshots):
+            raise ValueError(f"snapshots are {self.snapshots}: expected whole steps from 1, or fractions between 0 and 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}: expected 0 <= beta < 1")
         if self.steps == 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0 or not 0 <= self.end_lr <= self.lr:
