@@ -25,6 +25,10 @@ Files = Annotated[list[Path] | None, typer.Option("-p", "--preset", help="YAML f
 Overrides = Annotated[list[str] | None, typer.Option("-o", "--override", help="One setting by dotted name: key=value.")]
 DataName = Annotated[str, typer.Option("--data", help="A data set, a prepared set, or a folder of scans.")]
 From = Annotated[str | None, typer.Option("--from", help="A pretraining's id, or a file of weights; without it, from scratch.")]
+Dims = Annotated[
+    int | None,
+    typer.Option(min=2, max=3, help="3: train on whole volumes, 2: on slices (default); short for -o network.spatial_dims=3."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that read volumes; default: one per core.")]
 
@@ -53,6 +57,10 @@ def _root(
 
 def _print(value: Any, as_json: bool, text: str) -> None:
     typer.echo(json.dumps(value, indent=1) if as_json else text)
+
+
+def _dimensioned(overrides: list[str] | None, spatial_dims: int | None) -> list[str]:
+    return [*(overrides or []), *([f"network.spatial_dims={spatial_dims}"] if spatial_dims else [])]
 
 
 def _aside(text: str) -> None:
@@ -141,13 +149,14 @@ def pretrain(
     start: From = None,
     data: DataName = "phantom",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
+    spatial_dims: Dims = None,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
     """Pretrain one encoder, fresh or from given weights."""
     from medssl.platform import single
 
-    typer.echo(single.pretrain(method, start, data, seed, files or [], overrides or [], say=_aside))
+    typer.echo(single.pretrain(method, start, data, seed, files or [], _dimensioned(overrides, spatial_dims), say=_aside))
 
 
 @app.command()
@@ -155,13 +164,14 @@ def finetune(
     start: From = None,
     data: DataName = "phantom",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
+    spatial_dims: Dims = None,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a segmentation network, from given weights or from scratch, and score it on the test patients."""
     from medssl.platform import single
 
-    typer.echo(single.finetune(start, data, seed, files or [], overrides or [], say=_aside))
+    typer.echo(single.finetune(start, data, seed, files or [], _dimensioned(overrides, spatial_dims), say=_aside))
 
 
 @app.command()
@@ -203,6 +213,7 @@ def sweep(
     time_budget: Annotated[str | None, typer.Option(help="Stop after this long: 90s, 30m, 8h.")] = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster; default: this machine.")] = None,
     wanted: Annotated[float, typer.Option(help="The difference in the metric that would matter to you.")] = 0.01,
+    spatial_dims: Dims = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     files: Files = None,
     overrides: Overrides = None,
@@ -210,7 +221,8 @@ def sweep(
     """Run every arm of a question, repeats included, and print the leaderboard. Typed again, it does only what is missing."""
     from medssl.platform import sweep as sweeps
 
-    request = sweeps.Request(space, data, pretrainings, finetunings, search, trials, tuple(files or ()), tuple(overrides or ()))
+    settings = tuple(_dimensioned(overrides, spatial_dims))
+    request = sweeps.Request(space, data, pretrainings, finetunings, search, trials, tuple(files or ()), settings)
     if dry_run:
         typer.echo(sweeps.dry_run(request, say=_aside))
         return

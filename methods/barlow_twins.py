@@ -19,7 +19,7 @@ Transfers: the encoder. The projector is dropped.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -46,7 +46,7 @@ class Config(settings.PairCrops, settings.Chain):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(settings.Training):
-    optimizer: Literal["sgd", "adamw"] = "adamw"  # paper: LARS
+    optimizer: settings.Optimizer = "adamw"  # paper: LARS
     lr: float = 3e-4  # for AdamW at batch 128; not tuned
     weight_decay: float = 1.5e-6  # sec. 2.2
     warmup: float = 0.1  # 10 epochs, sec. 2.2

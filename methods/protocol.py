@@ -10,6 +10,14 @@ A batch, as `platform/stream.py` delivers it on the training device, is a dict o
     label     (n, h, w)     uint8 class ids; UNLABELLED where there is no annotation, padding included
     position  (n,)          float32: 0 at the volume's lowest slice, 1 at its highest
     patient, volume, index  (n,) int64: whose slice it is, and its row in the store
+
+Where the network's `spatial_dims` is 3, an element is a volume, and what is said of slices here and in the methods holds for
+volumes: as `platform/volumes.py` delivers it, z axis last and running upwards,
+
+    image     (n, c, h, w, z)        label  (n, h, w, z)        size  (n, 3), at least the side of a crop
+    patient, volume, index  (n,)     and no position: it is an axis now
+
+Views are then cubes (n, c, s, s, s), their labels (n, s, s, s). A quarter turn stays in the plane of a slice.
 """
 
 from collections.abc import Mapping
@@ -84,7 +92,7 @@ class Method(Protocol):
         """What follows the optimizer: teachers, centres, queues."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups: `params`, their `weight_decay`, and `fixed_lr=True` where the schedule does not apply."""
+        """Optimizer groups: `params`, their `weight_decay`, and the keys that `optimizers.py` lists where they differ."""
 
     def transferable_state(self) -> dict[str, Tensor]:
         """What fine-tuning receives: keys and shapes of the network's encoder (an explicit choice of the method)."""

@@ -106,6 +106,11 @@ class Experiment:
     start: Start = Start()
     given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the tree it was built from
 
+    @property
+    def spatial_dims(self) -> int:
+        """What a training element is: a slice (2) or a volume (3). The network's setting is the only switch."""
+        return getattr(self.network.settings, "spatial_dims", 2)
+
     def tree(self) -> dict[str, Any]:
         """Every setting, defaults included, as plain values."""
 
@@ -228,11 +233,19 @@ def _part(kind: str, section: str, tree: Any) -> Part:
     name = tree["name"]
     beside = ("name", "training") if kind == "method" else ("name",)
     values = {key: value for key, value in tree.items() if key not in beside}
+    if kind == "network" and "spatial_dims" in values and name not in (solid := _solid()):
+        raise UsageError(f"network.spatial_dims: {name} reads slices only; leave it out, or choose {' or '.join(solid)}")
     settings = _dataclass(find.settings(kind, name), values, section, beside)
     if kind == "network":
         return Part(name, settings)
     training = _dataclass(find.settings(kind, name, "Training"), tree.get("training") or {}, f"{section}.training")
     return Part(name, settings, training)
+
+
+def _solid() -> list[str]:
+    """Networks that can read volumes."""
+    settings = {name: find.settings("network", name) for name in find.names("network")}
+    return [name for name, cls in settings.items() if "spatial_dims" in {entry.name for entry in dataclasses.fields(cls)}]
 
 
 def _dataclass(cls: type, values: Any, section: str, beside: tuple[str, ...] = ()) -> Any:

@@ -1,5 +1,7 @@
 """From a network and prepared volumes to labels, scores and a picture.
 
+A 2D network reads a volume slice by slice, a 3D one in cubes; labels, scores and pictures are the same for both.
+
 d       slices of a volume
 c h w   channels, rows, columns
 k       classes, the background included
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.methods.protocol import UNLABELLED, intensities
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Device = torch.device | str | None
+VOXELS = 64 * 96**2  # most of a forward pass over cubes: as many as 64 of the CT study's windows have
 
 
 def infer(
@@ -32,18 +36,21 @@ def infer(
     overlap: float = 0.25,
     batch: int = 64,
     device: Device = None,
+    spatial_dims: int = 2,
 ) -> Tensor:
     """The predicted class ids of a volume, (d, h, w) uint8, where the volume's image lies.
 
     network   (n, c, h, w) to logits (n, k, h, w); run in evaluation mode, and left in the modes it was found in
     side      of the square windows that slide over a slice, in pixels; None: whole slices
     overlap   of neighbouring windows, a fraction of `side`; logits are averaged where they meet, as in the IoU study
-    batch     windows, or whole slices, per forward pass
+    batch     windows, or whole slices, per forward pass; fewer in 3D where a pass would exceed VOXELS
     device    to compute on; None: where the network is
+    spatial_dims  3: the network maps (n, c, h, w, d) to (n, k, h, w, d), and windows are cubes that slide over the volume
 
-    Slices smaller than a window are padded with 0 around. For mixed precision, call this inside torch.autocast.
+    Slices smaller than a window are padded with 0 around; volumes below, to the right and above, as in training. For mixed
+    precision, call this inside torch.autocast.
     """
-    return _forward(network, volume, lambda logits: logits.argmax(1).byte(), side, overlap, batch, device)
+    return _forward(network, volume, lambda logits: logits.argmax(1).byte(), side, overlap, batch, device, spatial_dims)
 
 
 def probabilities(
@@ -54,9 +61,10 @@ def probabilities(
     overlap: float = 0.25,
     batch: int = 64,
     device: Device = None,
+    spatial_dims: int = 2,
 ) -> Tensor:
     """What `infer` decides by: the softmax over the classes, (d, k, h, w) float32."""
-    return _forward(network, volume, lambda logits: logits.float().softmax(1), side, overlap, batch, device)
+    return _forward(network, volume, lambda logits: logits.float().softmax(1), side, overlap, batch, device, spatial_dims)
 
 
 def score(
@@ -71,6 +79,7 @@ def score(
     metrics: Sequence[Metrics] = ("all",),
     batch: int = 64,
     device: Device = None,
+    spatial_dims: int = 2,
 ) -> list[Score]:
     """Predict each volume and score it by the contract of `metrics.py`; a generator of volumes keeps memory low.
 
@@ -79,7 +88,7 @@ def score(
     """
     scores: list[Score] = []
     for volume in volumes:
-        prediction = infer(network, volume, side=side, overlap=overlap, batch=batch, device=device)
+        prediction = infer(network, volume, side=side, overlap=overlap, batch=batch, device=device, spatial_dims=spatial_dims)
         for kind in metrics:
             scores += score_volume(prediction, volume, classes, part, tolerance_mm=tolerance_mm, metrics=kind)
     return scores
@@ -139,6 +148,7 @@ def _forward(
     overlap: float,
     batch: int,
     device: Device,
+    spatial_dims: int = 2,
 ) -> Tensor:
     """`reduce` of the logits, some slices at a time: those of many classes on large slices would not fit at once."""
     device = device or next((parameter.device for parameter in network.parameters()), volume.image.device)
@@ -148,13 +158,20 @@ def _forward(
         from monai.inferers.utils import sliding_window_inference
 
         def forward(image: Tensor) -> Tensor:
-            logits = sliding_window_inference(image, (side, side), batch, network, overlap, mode="constant")
+            at_once = batch if spatial_dims == 2 else max(1, min(batch, VOXELS // side**3))
+            logits = sliding_window_inference(image, [side] * spatial_dims, at_once, network, overlap, mode="constant")
             assert isinstance(logits, Tensor)
             return logits
 
         stride = max(1, int(side * (1 - overlap)))
         windows = math.prod(1 + math.ceil(max(0, length - side) / stride) for length in volume.image.shape[-2:])
     with _evaluating(network):
+        if spatial_dims == 3:
+            image = intensities(volume.image.to(device)).movedim(0, -1)[None]  # (1, c, h, w, d)
+            h, w, d = image.shape[2:]
+            short = [max((side or 1) - length, 0) for length in (h, w, d)]
+            logits = forward(F.pad(image, [pad for end in reversed(short) for pad in (0, end)]))
+            return reduce(logits[..., :h, :w, :d])[0].movedim(-1, 0).contiguous().to(volume.image.device)
         parts = volume.image.split(max(1, batch // windows))
         reduced = [reduce(forward(intensities(part.to(device)))).to(volume.image.device) for part in parts]
     return torch.cat(reduced)

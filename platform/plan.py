@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,9 @@ from medssl.platform import ledger
 from medssl.platform.config import RESULTS_VERSION, Experiment, Part, Start, digest
 from medssl.platform.errors import UsageError
 from medssl.platform.splits import Split, drawn
-from medssl.platform.store import Store
+from medssl.platform.store import Store, VolumeRecord
+
+Size = tuple[int, ...]  # rows and columns of a slice; rows, columns and slices of a volume
 
 
 class TooFewLabels(UsageError):
@@ -75,20 +77,23 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
     Raises UsageError for what the data cannot give.
     """
     labelled = labelled_patients(experiment, split)
-    train = set(split.train)
-    slices = [volume for volume in store.volumes if volume.patient in train]
-    sizes = {(volume.height, volume.width) for volume in slices}
+    train, dims = set(split.train), experiment.spatial_dims
+    if dims == 3 and experiment.data.stream == "ray":
+        raise UsageError("data.stream=ray streams slices, not volumes; in 3D leave data.stream out, or set it to node")
+    volumes = [volume for volume in store.volumes if volume.patient in train]
+    sizes = _sizes(volumes, dims)
     chosen = labelled_slices(experiment, store, split)
-    count = sum(volume.slices for volume in slices if volume.patient in labelled) if chosen is None else len(chosen)
+    count = _elements([each for each in volumes if each.patient in labelled], dims) if chosen is None else len(chosen)
     finetune = _with_training(experiment.finetune, count)
     if finetune.training and finetune.training.snapshots:
         raise UsageError("finetune.training.snapshots: only a pretraining keeps snapshots; leave it out")
     if getattr(finetune.settings, "side", 0) is None:
-        longest = max(max(volume.height, volume.width) for volume in store.volumes)
-        finetune = _with(finetune, side=min(96, -(-longest // 16) * 16))
+        every = _sizes(store.volumes, dims)
+        side = cube_side(every) if dims == 3 else min(96, -(-max(map(max, every)) // 16) * 16)
+        finetune = _with(finetune, side=side)
     pretrain = experiment.pretrain
     if pretrain:
-        pretrain = _with_training(pretrain, sum(volume.slices for volume in slices))
+        pretrain = _with_training(pretrain, _elements(volumes, dims))
         if getattr(pretrain.settings, "side", 0) is None:
             pretrain = _with(pretrain, side=disjoint_side(sizes))
         if getattr(pretrain.settings, "iou", None) and pretrain.settings.unreachable == "error":
@@ -165,6 +170,8 @@ def labelled_slices(experiment: Experiment, store: Store, split: Split) -> tuple
     wanted, patients = experiment.data.labelled_slices, labelled_patients(experiment, split)
     if wanted is None:
         return None
+    if experiment.spatial_dims == 3:
+        raise UsageError("data.labelled_slices counts slices, a 3D network trains on volumes; use data.labelled")
     volumes = [volume for volume in store.volumes if volume.labelled and volume.patient in patients]
     every = {f"{volume.volume}/{index}": (volume.volume, index) for volume in volumes for index in range(volume.slices)}
     if wanted > len(every):
@@ -172,35 +179,69 @@ def labelled_slices(experiment: Experiment, store: Store, split: Split) -> tuple
     return tuple(every[name] for name in drawn(every, 0, "slices")[:wanted])
 
 
-def disjoint_side(sizes: set[tuple[int, int]]) -> int:
-    """The largest crop side, at most 96 pixels (CT study) and a multiple of 8, of which two fit apart in every slice."""
-    fit = min(min(min(size), max(size) // 2) for size in sizes)
+def _sizes(volumes: Iterable[VolumeRecord], dims: int) -> set[Size]:
+    return {(volume.height, volume.width, volume.slices)[:dims] for volume in volumes}
+
+
+def _elements(volumes: Iterable[VolumeRecord], dims: int) -> int:
+    """What an epoch goes over: slices, or volumes in 3D."""
+    return sum(volume.slices if dims == 2 else 1 for volume in volumes)
+
+
+def disjoint_side(sizes: set[Size]) -> int:
+    """The largest crop side, at most 96 pixels (CT study) and a multiple of 8, of which two fit apart in every slice.
+
+    In 3D two cubes fit apart along the longest axis, and no cube is larger than `cube_side`.
+    """
+    if len(min(sizes)) == 3:
+        fit = min(cube_side(sizes), min(max(size) // 2 for size in sizes))
+    else:
+        fit = min(min(min(size), max(size) // 2) for size in sizes)
     side = min(96, fit - fit % 8)
     if side < 8:
         raise UsageError(
-            f"the smallest training slice is {min(sizes)} pixels: too small for pairs of crops; prepare the data at a finer "
-            "spacing or with a larger `pad`"
+            f"the smallest training {_called(min(sizes))} is {min(sizes)} pixels: too small for pairs of crops; prepare the "
+            "data at a finer spacing or with a larger `pad`"
         )
     return side
 
 
-def _refuse_unreachable(crops: Any, sizes: set[tuple[int, int]]) -> None:
+def cube_side(sizes: set[Size]) -> int:
+    """The side of a cube that is image rather than padding: the shortest axis of a middling volume, in eights, at most 96.
+
+    Thinner volumes are padded to it (see `platform/volumes.py`). Where slices lie far apart this is a small cube: resample
+    such data to about equal spacings (`data prepare -o spacing_mm=…`), or stay in 2D.
+    """
+    shortest = sorted(min(size) for size in sizes)[len(sizes) // 2]
+    return min(96, -(-shortest // 8) * 8)
+
+
+def _called(size: Size) -> str:
+    return "slice" if len(size) == 2 else "volume"
+
+
+def _refuse_unreachable(crops: Any, sizes: set[Size]) -> None:
     import numpy as np
 
     if crops.crop != "fixed":
         return  # sizes vary from draw to draw: `methods/crops.py` conditions them on the interval
     side, (low, high) = crops.side, crops.iou
+    asked = set()
     for size in sorted(sizes):
-        if min(size) < side:
+        if min(size) < side and len(size) == 2:  # volumes are padded to the side
             raise UsageError(f"crops of {side} px do not fit in slices of {size[0]}x{size[1]} px; lower pretrain.side")
-        overlap = [np.maximum(side - np.arange(length - side + 1), 0) for length in size]
-        shared = np.outer(*overlap)
-        iou = shared / (2 * side**2 - shared)
+        least = tuple(max(side - max(length - side, 0), 0) for length in size)  # shared by two crops, on each axis
+        if least in asked:
+            continue
+        asked.add(least)
+        shared = functools.reduce(np.multiply.outer, [np.arange(shares, side + 1) for shares in least])
+        iou = shared / (2 * side ** len(size) - shared)
         inside = (iou >= low - 1e-9) if crops.ends[0] == "[" else (iou > low + 1e-9)
         inside &= (iou <= high + 1e-9) if crops.ends[1] == "]" else (iou < high - 1e-9)
         if not inside.any():
             raise UsageError(
-                f"iou {crops.ends[0]}{low}, {high}{crops.ends[1]}: two crops of {side} px in a slice of {size[0]}x{size[1]} px "
+                f"iou {crops.ends[0]}{low}, {high}{crops.ends[1]}: two crops of {side} px in a {_called(size)} of "
+                f"{'x'.join(str(max(length, side)) for length in size)} px "
                 f"overlap by an IoU between {iou.min():.3f} and 1; choose an interval in that range, a smaller pretrain.side, "
                 "or pretrain.unreachable=skip"
             )
@@ -210,11 +251,11 @@ def _with(part: Part, **changes: Any) -> Part:
     return dataclasses.replace(part, settings=dataclasses.replace(part.settings, **changes))
 
 
-def _with_training(part: Part, slices: int) -> Part:
-    """`part` with its number of steps: as given, or from epochs over `slices`."""
+def _with_training(part: Part, elements: int) -> Part:
+    """`part` with its number of steps: as given, or from epochs over so many slices or volumes."""
     training = part.training
     assert training is not None
-    steps = training.steps or max(1, round(training.epochs * slices / training.batch))
+    steps = training.steps or max(1, round(training.epochs * elements / training.batch))
     snapshots = tuple(sorted({place(at, steps) for at in training.snapshots}))
     if snapshots and snapshots[-1] > steps:
         raise UsageError(f"training.snapshots: step {snapshots[-1]} lies beyond the {steps} steps of {part.name}")
@@ -299,10 +340,11 @@ def describe(arms: Mapping[str, Experiment], k: int, m: int, store: Store, split
         for index in range(k):
             stages |= {stage.id: stage for stage in chain(label, index, m, experiment, store, split).stages}
     for label, experiment in arms.items():
+        of = "slices" if experiment.spatial_dims == 2 else "volumes"
         given = f"from {Path(experiment.start.weights).name}; " if experiment.start.weights else ""
-        what = f"{_told(experiment.pretrain)}; then " if experiment.pretrain else "no pretraining; then "
+        what = f"{_told(experiment.pretrain, of)}; then " if experiment.pretrain else "no pretraining; then "
         snapshot = f"from its step {experiment.start.step}: " if experiment.start.step else ""
-        lines.append(f"arm      {label:<16} {given}{what}{snapshot}{_told(experiment.finetune)}{_budget(experiment)}")
+        lines.append(f"arm      {label:<16} {given}{what}{snapshot}{_told(experiment.finetune, of)}{_budget(experiment)}")
     network = next(iter(arms.values())).network
     lines.append(f"network  {network.name}: " + ", ".join(f"{key} {value}" for key, value in vars(network.settings).items()))
     kinds = [stage.kind for stage in stages.values()]
@@ -323,9 +365,9 @@ def _budget(experiment: Experiment) -> str:
     return "".join(f", {count} {what}" for what, count in counts.items() if count is not None)
 
 
-def _told(part: Part) -> str:
+def _told(part: Part, of: str) -> str:
     """A stage in a few words."""
     assert part.training is not None
     side = getattr(part.settings, "side", None)
     crops = f" crops of {side} px" if side else ""
-    return f"{part.name}, {part.training.steps} steps of {part.training.batch} slices{',' + crops if crops else ''}"
+    return f"{part.name}, {part.training.steps} steps of {part.training.batch} {of}{',' + crops if crops else ''}"

@@ -27,6 +27,7 @@ def predict(
     *,
     side: int | None,
     overlap: float = 0.25,
+    spatial_dims: int = 2,
     channels: int = 1,
     progress: Callable[[str], None],
 ) -> list[Path]:
@@ -37,6 +38,7 @@ def predict(
     files      one per volume; or one per channel, named <name>_0000.nii.gz, <name>_0001.nii.gz, …
     side       of the sliding window, in pixels; None: whole slices
     overlap    of neighbouring windows, a fraction of `side`
+    spatial_dims  of the network: it reads slices (2) or volumes (3)
     channels   that the network takes
     progress   receives a line per volume: what became of it, and the millilitres of each class
 
@@ -52,7 +54,7 @@ def predict(
     failures = []
     for name, parts in volumes.items():
         try:
-            labels = _segment(network, Case(name, name, tuple(parts)), info, preset, side, overlap)
+            labels = _segment(network, Case(name, name, tuple(parts)), info, preset, side, overlap, spatial_dims)
             voxel_ml = _write(answers[name], labels, parts[0])
         except RunError as error:
             failures.append(str(error))
@@ -94,7 +96,13 @@ def group(files: Sequence[Path], channels: int) -> dict[str, list[Path]]:
 
 
 def _segment(
-    network: nn.Module, case: Case, info: DataInfo, preset: geometry.Preset, side: int | None, overlap: float
+    network: nn.Module,
+    case: Case,
+    info: DataInfo,
+    preset: geometry.Preset,
+    side: int | None,
+    overlap: float,
+    spatial_dims: int,
 ) -> NDArray[np.uint8]:
     """Class ids (x, y, z) on the grid of the scan, which is read and checked as the training data were."""
     image, affine = ingest.read_image(case, info)
@@ -104,7 +112,8 @@ def _segment(
         raise RunError(f"{case.images[0]}: {error}") from error
     slices = torch.from_numpy(np.ascontiguousarray(np.moveaxis(prepared.image, -1, 0)))
     volume = Volume(case.patient, case.volume, slices, None, prepared.spacing_mm)
-    labels = geometry.restore(infer(network, volume, side=side, overlap=overlap).cpu().numpy(), prepared.geometry)
+    predicted = infer(network, volume, side=side, overlap=overlap, spatial_dims=spatial_dims)
+    labels = geometry.restore(predicted.cpu().numpy(), prepared.geometry)
     assert labels.shape == image.shape[1:]
     return labels
 

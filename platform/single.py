@@ -51,9 +51,8 @@ def _given(start: str | None) -> dict[str, Any]:
 def _fulfil(job: stages.Job, say: Say) -> dict[str, Any]:
     """The stage's end, told about on the way; Ray only comes up where the stage asks for several workers or for its stream."""
     resources, data = job.chain.experiment.resources, job.chain.experiment.data
-    needs_ray = (
-        resources.workers > 1 or data.stream == "ray" or (data.stream == "auto" and not stream.fits(Store.open(job.work.store)))
-    )
+    streamed = job.chain.experiment.spatial_dims == 2 and data.stream != "node"  # volumes are held in memory
+    needs_ray = resources.workers > 1 or data.stream == "ray" or (streamed and not stream.fits(Store.open(job.work.store)))
     with connected(None) if needs_ray else contextlib.nullcontext(), watch.Following(job.folder, say):
         return stages.fulfil(job)
 
@@ -129,7 +128,7 @@ def pictures(name: str, out: Path) -> list[Path]:
     for which, volume in (("worst", ranked[0]), ("best", ranked[-1])):
         slices = stream.Slices.read(store, patients=[patients[volume]])
         prepared = next(each for each in slices.volumes() if each.volume == volume)
-        predicted = evaluate.infer(model, prepared, side=stages.window(experiment), overlap=experiment.evaluate.overlap)
+        predicted = evaluate.infer(model, prepared, **stages.inference(experiment))
         written.append(out / f"{which}-{volume}.png")
         _save(written[-1], evaluate.picture(prepared, predicted))
     return written
@@ -153,8 +152,7 @@ def predict(name: str, files: Sequence[Path], out: Path, *, say: Say) -> list[Pa
         store.preset,
         files,
         out,
-        side=stages.window(experiment),
-        overlap=experiment.evaluate.overlap,
+        **stages.inference(experiment),
         channels=store.channels,
         progress=say,
     )

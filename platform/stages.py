@@ -26,6 +26,7 @@ from medssl.platform.records import Score, Volume
 from medssl.platform.site import Progress, Site, provenance
 from medssl.platform.splits import Split
 from medssl.platform.store import Store
+from medssl.platform.volumes import Volumes
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]  # of each part of the split: what `Slices.arrays` gives
 
@@ -173,8 +174,7 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
         scores += _scores(model, validation, store, experiment, "val", surface=False)
         ledger.write(job.work.site.runs, job.stage.id, contract(store, split), scores)
     with Board(job.folder) as board:
-        side, overlap = window(experiment), experiment.evaluate.overlap  # as it was scored
-        board.prediction(test[0], evaluate.infer(model, test[0], side=side, overlap=overlap, device=device))
+        board.prediction(test[0], evaluate.infer(model, test[0], **inference(experiment), device=device))  # as it was scored
     return {
         "status": outcome.status,
         "step": kept["step"],
@@ -223,18 +223,27 @@ def _batches(
         there = job.work.slices("train") if job.work.arrays is not None else stream.Slices.read(store, wanted, True)
         here = there.only(few).to(device)
         return lambda start: stream.node_batches(here, size, seed=seed, start=start, rank=rank, world=world)
-    if choice == "ray" or (choice == "auto" and not stream.fits(store, wanted, labelled)):
+    solid = job.chain.experiment.spatial_dims == 3
+    fits = choice != "auto" or stream.fits(store, wanted, labelled)
+    if solid and not fits:
+        raise RunError(
+            f"{store.root}: these volumes would take more than a quarter of the memory, and are not streamed from disk in 3D; "
+            "use fewer patients, prepare the data at a coarser spacing, or set data.stream=node to hold them all the same"
+        )
+    if choice == "ray" or not fits:
         return lambda start: stream.ray_batches(
             store, wanted, labelled, size, seed=seed, start=start, rank=rank, world=world, device=device
         )
     slices = job.work.slices("train").select(wanted, labelled)
-    if device.type == "cuda" and slices.nbytes > torch.cuda.mem_get_info(device)[0] / 2:  # leave the other half to training
+    afar = device.type == "cuda" and slices.nbytes > torch.cuda.mem_get_info(device)[0] / 2  # leave the other half to training
+    near = slices if afar else slices.to(device)
+    held: stream.Held = Volumes.of(near, least=getattr(part.settings, "side", None) or 1) if solid else near
+    if afar:
         return lambda start: (
             {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-            for batch in stream.node_batches(slices, size, seed=seed, start=start, rank=rank, world=world)
+            for batch in stream.node_batches(held, size, seed=seed, start=start, rank=rank, world=world)
         )
-    here = slices.to(device)
-    return lambda start: stream.node_batches(here, size, seed=seed, start=start, rank=rank, world=world)
+    return lambda start: stream.node_batches(held, size, seed=seed, start=start, rank=rank, world=world)
 
 
 def _train(
@@ -278,9 +287,13 @@ def _train(
         )
 
 
-def window(experiment: Experiment) -> int | None:
-    """Side of the sliding windows: the crops' that the network was trained on; None: whole slices."""
-    return experiment.finetune.settings.side if experiment.evaluate.inference == "window" else None
+def inference(experiment: Experiment) -> dict[str, Any]:
+    """How a volume is predicted, as arguments of `evaluate.infer` and its callers.
+
+    Windows have the side of the crops that the network was trained on; None: whole slices, or whole volumes in 3D.
+    """
+    side = experiment.finetune.settings.side if experiment.evaluate.inference == "window" else None
+    return {"side": side, "overlap": experiment.evaluate.overlap, "spatial_dims": experiment.spatial_dims}
 
 
 def _scores(
@@ -295,8 +308,7 @@ def _scores(
         volumes,
         store.classes,
         part,
-        side=window(experiment),
-        overlap=experiment.evaluate.overlap,
+        **inference(experiment),
         tolerance_mm=store.tolerance_mm,
         metrics=kinds,
     )

@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -203,9 +203,17 @@ def indices(count: int, batch: int, *, seed: int, start: int = 0, rank: int = 0,
         yield np.concatenate([epochs(number)[place[epoch == number]] for number in np.unique(epoch).tolist()])
 
 
-def node_batches(slices: Slices, batch: int, *, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+class Held(Protocol):
+    """A set in memory: `Slices`, or the `Volumes` that they make up."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, index: ArrayLike | Tensor) -> Batch: ...
+
+
+def node_batches(held: Held, batch: int, *, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     """This worker's share of the joint batch of step `start` and of each step after it, for ever, on the set's device."""
-    return map(slices.take, indices(len(slices), batch, seed=seed, start=start, rank=rank, world=world))
+    return map(held.take, indices(len(held), batch, seed=seed, start=start, rank=rank, world=world))
 
 
 # The set that does not fit

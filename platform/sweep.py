@@ -127,8 +127,11 @@ def layers(data: str, files: tuple[Path, ...], overrides: tuple[str, ...], last:
     if place.is_file():
         return tree
     theirs = json.loads((place / "run.json").read_text())["config"]["network"]
-    other = tree.get("network", {}).get("name", theirs["name"]) != theirs["name"]
-    return tree if other else config.stack([{"network": theirs}, tree])
+    typed = tree.get("network") or {}
+    asked, trained = typed.get("spatial_dims"), theirs.get("spatial_dims", 2)
+    if asked not in (None, trained):
+        raise UsageError(f"start.weights: the encoder of {place.name} reads {trained}D, not {asked}D; pretrain one in {asked}D")
+    return tree if typed.get("name", theirs["name"]) != theirs["name"] else config.stack([{"network": theirs}, tree])
 
 
 def _base(request: Request, space: ModuleType) -> dict[str, Any]:

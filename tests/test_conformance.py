@@ -21,6 +21,7 @@ from medssl.platform import find
 
 METHODS, NETWORKS = find.names("method"), find.names("network")
 SMALL = {"side": 16, "width": 8, "levels": 3, "d": 16, "hidden": 16, "bottleneck": 8}  # where a Config has such a field
+SMALL |= {"patch": 8, "depth": 4, "heads": 2}
 CLASSES = 3
 SOURCE = re.compile(r"https?://(arxiv\.org/abs/\d{4}\.\d{4,5}|doi\.org/10\.\d{4,}/\S+|\S+\.\S+/\S+)")
 
@@ -29,10 +30,10 @@ def shrunk(config: type) -> Any:
     return config(**{f.name: SMALL[f.name] for f in dataclasses.fields(config) if f.name in SMALL})
 
 
-def network(name: str = "unet", seed: int = 0) -> nn.Module:
+def network(name: str = "unet", seed: int = 0, **settings: Any) -> nn.Module:
     torch.manual_seed(seed)
     module = find.load("network", name)
-    return module.NETWORK(1, CLASSES, shrunk(module.Config))
+    return module.NETWORK(1, CLASSES, dataclasses.replace(shrunk(module.Config), **settings))
 
 
 def wants(name: str) -> str:
@@ -40,8 +41,8 @@ def wants(name: str) -> str:
     return next(p for p in list(inspect.signature(find.load("method", name).METHOD).parameters)[:1])
 
 
-def method(name: str, seed: int = 0) -> Any:
-    module, net = find.load("method", name), network(seed=seed)
+def method(name: str, seed: int = 0, of: str = "unet") -> Any:
+    module, net = find.load("method", name), network(of, seed)
     return module.METHOD(net.encoder if wants(name) == "encoder" else net, shrunk(module.Config))
 
 
@@ -85,6 +86,15 @@ def test_gradient_reaches_every_parameter_that_asks_for_one(name):
     unreached = [key for key, p in subject.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not unreached
     assert all(p.grad is None for p in subject.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("of", NETWORKS)
+def test_reconstructing_hidden_patches_reaches_every_parameter_of_every_encoder(of):
+    subject = method("mae", of=of)
+    loss = subject.loss(views(subject), Step(1, 10)).total
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert not [key for key, p in subject.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -163,6 +173,66 @@ def test_saving_loading_and_continuing_equals_not_stopping(name):
     optimizer = build(continued, training)
     optimizer.load_state_dict(saved["optimizer"])
     assert train(continued, optimizer, range(2, 5), training) == uninterrupted
+
+
+# Three dimensions
+
+
+SOLID = [name for name in NETWORKS if "spatial_dims" in {f.name for f in dataclasses.fields(find.settings("network", name))}]
+
+
+def solid_method(name: str) -> Any:
+    """A method around the 3D U-Net."""
+    module, net = find.load("method", name), network(spatial_dims=3)
+    return module.METHOD(net.encoder if wants(name) == "encoder" else net, shrunk(module.Config))
+
+
+def volumes(n: int = 6) -> dict[str, Tensor]:
+    """Volumes as `platform/volumes.py` delivers them: two depths, one without a label, no position."""
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (n, 1, 24, 22, 20), generator=rng, dtype=torch.uint8)
+    label = torch.randint(0, CLASSES, (n, 24, 22, 20), generator=rng, dtype=torch.uint8)
+    size = torch.tensor([24, 22, 20]).repeat(n, 1)
+    image[0, ..., 17:], label[0, ..., 17:], size[0, 2] = 0, UNLABELLED, 17
+    label[1] = UNLABELLED
+    return {"image": image, "label": label, "size": size} | {key: torch.arange(n) for key in ("patient", "volume", "index")}
+
+
+def solid_views(subject: Any, seed: int = 0) -> Views:
+    return subject.augment(volumes(), torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_from_volumes(name):
+    subject = solid_method(name)
+    drawn = solid_views(subject)
+    assert all(images.dim() == 5 for images in drawn.images)
+    loss = subject.loss(drawn, Step(1, 10))
+    assert torch.isfinite(loss.total)
+    loss.total.backward()
+    unreached = [key for key, p in subject.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not unreached
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_equal_generators_give_equal_views_of_volumes(name):
+    subject = solid_method(name)
+    first, again, other = (tensors(solid_views(subject, seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("name", SOLID)
+@pytest.mark.parametrize("sides", [(32, 32, 32), (21, 18, 24)])
+def test_networks_give_logits_of_the_sides_of_a_volume(name, sides):
+    net = network(name, spatial_dims=3)
+    logits = net(torch.rand(1, 1, *sides))
+    assert logits.shape == (1, CLASSES, *sides)
+    logits.square().mean().backward()
+    assert not [key for key, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    maps = net.encoder(torch.rand(1, 1, *sides))
+    assert [m.shape[1] for m in maps] == list(net.encoder.channels)
+    assert all(m.dim() == 5 for m in maps)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

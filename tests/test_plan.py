@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,15 @@ import torch
 
 from medssl.methods import crops
 from medssl.methods.settings import PairCrops
-from medssl.platform import config, geometry, plan
+from medssl.platform import config, find, geometry, plan
 from medssl.platform.errors import UsageError
 from medssl.platform.splits import Split
 from medssl.platform.store import Store, VolumeRecord
 
 
-def store(sizes=((64, 48), (60, 52), (64, 48), (72, 50), (64, 48))) -> Store:
+def store(sizes=((64, 48), (60, 52), (64, 48), (72, 50), (64, 48)), slices=10) -> Store:
     records = tuple(
-        VolumeRecord(f"v{number}", f"p{number}", None, True, 10, *size, 1, (1.0, 1.0, 2.0), None, {}, f"digest{number}")
+        VolumeRecord(f"v{number}", f"p{number}", None, True, slices, *size, 1, (1.0, 1.0, 2.0), None, {}, f"digest{number}")
         for number, size in enumerate(sizes)
     )
     preset = geometry.PRESETS["mr"]
@@ -121,6 +122,71 @@ def test_the_plan_refuses_exactly_what_the_sampler_cannot_draw(ends):
             except UsageError:
                 allowed = False
             assert allowed == possible, (size, settings)
+
+
+# Three dimensions
+
+
+CUBES = [(24, 30, 20), (16, 16, 40), (27, 16, 16), (40, 40, 40), (17, 20, 9), (31, 40, 5)]  # the last two are padded
+
+
+@pytest.mark.parametrize("ends", ["[]", "(]", "[)", "()"])
+@pytest.mark.parametrize("size", CUBES)
+def test_the_plan_refuses_exactly_the_volumes_that_the_sampler_cannot_draw_from(size, ends):
+    padded = torch.tensor([[max(length, 16) for length in size]])
+    for low, high in itertools.combinations((0.0, 0.02, 0.1, 0.3, 0.6, 1.0), 2):
+        settings = PairCrops(side=16, iou=(low, high), ends=ends)
+        pretrain = {"side": 16, "iou": (low, high), "ends": ends}
+        experiment = config.build({"network": {"spatial_dims": 3}, "pretrain": pretrain})
+        try:
+            plan.resolve(experiment, store([size[:2]] * 5, size[2]), SPLIT)
+            allowed = True
+        except UsageError:
+            allowed = False
+        assert allowed == bool(crops.feasible(padded, settings).item()), settings
+
+
+def test_an_epoch_in_3d_goes_over_volumes():
+    experiment = resolved(
+        network__spatial_dims=3, pretrain__training__epochs=8, pretrain__training__batch=2, data__labelled=2,
+        finetune__training__epochs=50, finetune__training__batch=4,
+    )  # fmt: skip
+    assert experiment.pretrain.training.steps == 8 * 3 / 2
+    assert experiment.finetune.training.steps == 50 * 2 / 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices", "finetune", "pretrain", "levels"),
+    [
+        ([(300, 250)] * 5, 150, 96, 96, 5),
+        ([(35, 50), (31, 40), (43, 59)], 35, 40, 16, 3),  # as in the hippocampus data
+        ([(256, 256)] * 5, 10, 16, 16, 3),  # a cardiac stack: a cube is mostly image
+    ],
+)
+def test_sides_and_levels_of_cubes_follow_from_the_volumes(sizes, slices, finetune, pretrain, levels):
+    split = Split("seed-0", ("p0", "p1"), (), ("p2",), ("p0", "p1"))
+    experiment = plan.resolve(config.build({"network": {"spatial_dims": 3}}), store(sizes, slices), split)
+    chosen = experiment.finetune.settings.side, experiment.pretrain.settings.side, experiment.network.settings.levels
+    assert chosen == (finetune, pretrain, levels)
+    assert pretrain / 2 ** (levels - 1) >= 4
+    padded = [[max(length, pretrain) for length in (*size, slices)] for size in sizes]
+    assert crops.feasible(torch.tensor(padded), PairCrops(side=pretrain, iou=(0.0, 0.0))).all()
+
+
+def test_a_stage_in_3d_is_another_stage():
+    assert not set(ids()) & set(ids(network__spatial_dims=3))
+    with pytest.raises(UsageError, match=r"not volumes; in 3D leave data\.stream out"):
+        resolved(network__spatial_dims=3, data__stream="ray")
+
+
+def test_a_network_without_the_setting_is_refused_in_3d(tmp_path, monkeypatch):
+    shutil.copytree(find.ROOT / "methods", tmp_path / "methods", ignore=shutil.ignore_patterns("__pycache__"))
+    settings = '"""Flat."""\n@dataclass(frozen=True, kw_only=True)\nclass Config:\n    width: int = 8\n'
+    (tmp_path / "methods" / "networks" / "flat.py").write_text(settings)
+    monkeypatch.setattr(find, "ROOT", tmp_path)
+    config.build({"network": {"name": "flat", "width": 4}})
+    with pytest.raises(UsageError, match=r"network\.spatial_dims: flat reads slices only; leave it out, or choose .*unet"):
+        config.build({"network": {"name": "flat", "spatial_dims": 3}})
 
 
 def test_a_contract_follows_data_and_held_out_patients_only():

@@ -1,5 +1,6 @@
 """Several workers are one: equal losses, equal parameters, whatever dies."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from medssl.methods.protocol import Batch, Loss, Step, Views
 from medssl.methods.settings import Training
 from medssl.platform import checkpoint, loop, stream, train
 from medssl.platform.errors import RunError
+from medssl.platform.volumes import Volumes
 
 COUNT, BATCH, SIDE = 24, 8, 16
 STEPS = 2 * COUNT // BATCH  # two epochs
@@ -45,6 +47,14 @@ def slices() -> stream.Slices:
         patient_names=tuple(f"{i:02}" for i in range(COUNT)),
         volume_names=tuple(f"{i:02}" for i in range(COUNT)),
     )
+
+
+def solid_slices() -> stream.Slices:
+    """The same as volumes of four slices, one after another."""
+    flat, numbers = slices(), torch.arange(COUNT)
+    order = numbers.repeat_interleave(4)
+    pixels = {"image": flat.image[order].roll(1, 0), "label": flat.label[order], "size": flat.size[order]}
+    return dataclasses.replace(flat, **pixels, volume=order, patient=order, slice_index=torch.arange(4).repeat(COUNT))
 
 
 def two_views(batch: Batch) -> Views:
@@ -92,10 +102,13 @@ class Contrast(nn.Module):
 
 def build(name: str) -> Any:
     torch.manual_seed(0)
+    if name == "volumes":
+        return FixedSegment(unet.UNet(1, 3, unet.Config(width=4, levels=2, norm="batch", spatial_dims=3)))
     net = unet.UNet(1, 3, unet.Config(width=4, levels=3, norm="batch"))
     if name == "simsiam":
         return FixedSimSiam(net.encoder, simsiam.Config(d=16, bottleneck=8))
-    return FixedSegment(net) if name == "segment" else Contrast(net.encoder)
+    frozen = segment.Config(freeze_encoder=0.5)  # workers must agree on what they do not move
+    return FixedSegment(net, frozen) if name == "segment" else Contrast(net.encoder)
 
 
 def work(payload: dict[str, Any], rank: int, world: int, device: torch.device) -> dict[str, Any]:
@@ -106,7 +119,8 @@ def work(payload: dict[str, Any], rank: int, world: int, device: torch.device) -
 
 def stage(name: str, folder: Path, pause: float, rank: int, world: int) -> dict[str, Any]:
     """Trains, saves every step, and gives losses step by step and the parameters."""
-    file, method, data, losses = folder / f"{name}.pt", build(name), slices(), dict[int, dict[str, float]]()
+    file, method, losses = folder / f"{name}.pt", build(name), dict[int, dict[str, float]]()
+    data = Volumes.of(solid_slices()) if name == "volumes" else slices()
 
     def batches(start: int) -> Iterator[Batch]:
         for batch in stream.node_batches(data, BATCH, seed=5, start=start, rank=rank, world=world):
@@ -165,7 +179,7 @@ def test_one_worker_is_this_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_workers_equal_one_with_the_joint_batch(ray_local: None, tmp_path: Path) -> None:
     """Two epochs step by step: losses over the joint batch, and the parameters that all their gradients led to."""
-    methods = ["contrast", "simsiam", "segment"]
+    methods = ["contrast", "simsiam", "segment", "volumes"]
     one, two = run(tmp_path / "one", 1, methods), run(tmp_path / "two", 2, methods)
     pids = {(tmp_path / "two" / f"{rank}.pid").read_text() for rank in (0, 1)}
     assert len(pids | {str(os.getpid())}) == 3
