@@ -24,6 +24,7 @@ app.add_typer(data_app, name="data")
 Files = Annotated[list[Path] | None, typer.Option("-p", "--preset", help="YAML files of settings, stacked left to right.")]
 Overrides = Annotated[list[str] | None, typer.Option("-o", "--override", help="One setting by dotted name: key=value.")]
 DataName = Annotated[str, typer.Option("--data", help="A data set, a prepared set, or a folder of scans.")]
+From = Annotated[str | None, typer.Option("--from", help="A pretraining's id, or a file of weights; without it, from scratch.")]
 Dims = Annotated[
     int | None,
     typer.Option(min=2, max=3, help="3: train on whole volumes, 2: on slices (default); short for -o network.spatial_dims=3."),
@@ -145,28 +146,29 @@ def data_show(
 @app.command()
 def pretrain(
     method: Annotated[str, typer.Argument(help="A file of methods/.")],
+    start: From = None,
     data: DataName = "phantom",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
     spatial_dims: Dims = None,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
-    """Pretrain one encoder."""
+    """Pretrain one encoder, fresh or from given weights."""
     from medssl.platform import single
 
-    typer.echo(single.pretrain(method, data, seed, files or [], _dimensioned(overrides, spatial_dims), say=_aside))
+    typer.echo(single.pretrain(method, start, data, seed, files or [], _dimensioned(overrides, spatial_dims), say=_aside))
 
 
 @app.command()
 def finetune(
-    start: Annotated[str | None, typer.Option("--from", help="A pretraining's id; without it, from scratch.")] = None,
+    start: From = None,
     data: DataName = "phantom",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
     spatial_dims: Dims = None,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a segmentation network, from a pretraining or from scratch, and score it on the test patients."""
+    """Train a segmentation network, from given weights or from scratch, and score it on the test patients."""
     from medssl.platform import single
 
     typer.echo(single.finetune(start, data, seed, files or [], _dimensioned(overrides, spatial_dims), say=_aside))

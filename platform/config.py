@@ -1,6 +1,7 @@
 """The configuration of a run: files stacked left to right, dotted overrides, every key and type checked before anything starts.
 
     data       which prepared set, how many labelled patients
+    start      the weights that the encoder begins from; null: random ones
     network    name (a file of methods/networks/) and its settings
     pretrain   name (a file of methods/) and its settings, `training` below it; null: from scratch
     finetune   the same, for the supervised stage
@@ -30,12 +31,30 @@ RESULTS_VERSION = 1  # raised whenever a change alters results: every stage's ha
 class Data:
     name: str = "phantom"  # a data set of platform/datasets/, a prepared set, or a folder of scans
     labelled: int | None = None  # labelled training patients that fine-tuning may use; None: all
+    labelled_slices: int | None = None  # of their slices; None: all
     split: str = "seed-0"  # a file of the prepared set's splits/; seed-N is drawn by patients on first use
     stream: Literal["auto", "node", "ray"] = "auto"  # one copy in memory per node, or streamed from disk by Ray Data
 
     def __post_init__(self) -> None:
         if self.labelled is not None and self.labelled < 1:
             raise ValueError(f"labelled is {self.labelled}: at least 1 labelled patient, or null for all")
+        if self.labelled_slices is not None and self.labelled_slices < 1:
+            raise ValueError(f"labelled_slices is {self.labelled_slices}: at least 1 labelled slice, or null for all")
+        if self.labelled_slices is not None and self.stream == "ray":
+            raise ValueError("labelled_slices picks slices in memory, stream=ray reads whole volumes; use stream=node")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where an encoder begins. With a pretraining, `weights` is what that begins from; without one, what fine-tuning does."""
+
+    weights: str | None = None  # a medssl pretraining (its id, a beginning of it, its folder), or a file of weights
+    step: int | float | None = None  # fine-tune from the pretraining's snapshot here, not from its end; below 1: a fraction
+    partial: bool = False  # accept weights of which only a part fits the network
+
+    def __post_init__(self) -> None:
+        if self.step is not None and (self.step <= 0 or (self.step > 1 and self.step != int(self.step))):
+            raise ValueError(f"step is {self.step}: expected a whole step from 1, or a fraction of the steps between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +103,7 @@ class Experiment:
     evaluate: Evaluate
     resources: Resources
     seed: int = 0
+    start: Start = Start()
     given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the tree it was built from
 
     @property
@@ -103,6 +123,7 @@ class Experiment:
         return {
             "seed": self.seed,
             "data": dataclasses.asdict(self.data),
+            "start": dataclasses.asdict(self.start),
             "network": part(self.network),
             "pretrain": part(self.pretrain),
             "finetune": part(self.finetune),
@@ -201,6 +222,7 @@ def build(tree: Mapping[str, Any]) -> Experiment:
         evaluate=_dataclass(Evaluate, tree.get("evaluate") or {}, "evaluate"),
         resources=_dataclass(Resources, tree.get("resources") or {}, "resources"),
         seed=seed,
+        start=_dataclass(Start, tree.get("start") or {}, "start"),
         given=tree,
     )
 

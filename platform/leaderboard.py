@@ -56,6 +56,7 @@ class Row:
     p_holm: float | None = None  # over all comparisons with the control
     best_probability: float | None = None
     needed: int | None = None  # pretrainings of this arm and of the control to see the wanted difference, 80 % power
+    control: str = ""  # the arm that it is compared with; itself: it is a control
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,18 @@ class Leaderboard:
     """Rows from the best mean to the worst, arms without any score last."""
 
     metric: str
-    control: str
+    control: str  # of the arms that have none of their own
     wanted: float
     patients: int
     smallest_p: float | None  # the smallest that any comparison with the control could have given
     verdict: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+
+    @property
+    def called(self) -> str:
+        """The control in words."""
+        return f"`{self.control}`" if all(row.control == self.control for row in self.rows) else "its control"
 
 
 @dataclass(frozen=True)
@@ -94,13 +100,16 @@ class _Arm:
         return len(self.scores) / sum(1 / len(scores) for scores in self.scores)
 
 
-def rank(runs: Sequence[Run], control: str, *, metric: str, wanted: float = 0.01) -> Leaderboard:
+def rank(
+    runs: Sequence[Run], control: str, *, metric: str, wanted: float = 0.01, compare: Mapping[str, str] | None = None
+) -> Leaderboard:
     """Put the arms of one data contract in order and say which differences are more than chance.
 
     runs        every fine-tuning, scored on the same patients; one without a finite score counts as failed
     control     the arm that the others are compared with
     metric      name of the score; distances, which end in "_mm", are better when smaller
     wanted      the smallest difference worth having, in the metric's unit
+    compare     arms with a control of their own (itself: an arm that is a control); one family holds all comparisons
     Raises UsageError when there are no runs, no such control or no positive `wanted`; RunError when runs were scored on
     different patients, or one of them twice.
     """
@@ -108,17 +117,19 @@ def rank(runs: Sequence[Run], control: str, *, metric: str, wanted: float = 0.01
     sign = -1.0 if metric.endswith("_mm") else 1.0
     arms = sorted(_arms(runs), key=lambda arm: -sign * arm.means.mean() if arm.scores else math.inf)
     scored = [arm for arm in arms if arm.scores]
-    reference = next((arm for arm in scored if arm.name == control), None)
-    rivals = [arm for arm in scored if arm is not reference] if reference else []
-    p, smallest = _permutations([(arm.means, reference.means) for arm in rivals if reference])
+    against = {arm.name: (compare or {}).get(arm.name, control) for arm in arms}
+    by_name = {arm.name: arm for arm in scored}
+    rivals = [arm for arm in scored if against[arm.name] != arm.name and against[arm.name] in by_name]
+    p, smallest = _permutations([(arm.means, by_name[against[arm.name]].means) for arm in rivals])
     tests = {arm.name: both for arm, *both in zip(rivals, p.tolist(), statistics.holm(p).tolist(), strict=True)}
-    letters = _letters(scored, control, {name: p_holm for name, (_, p_holm) in tests.items()})
+    letters = _letters(scored, against, {name: p_holm for name, (_, p_holm) in tests.items()})
     pooled = statistics.components([arm.scores for arm in scored])
     best = _best(scored, pooled, sign)
     rows = []
     for arm in arms:
-        row = _summary(arm, letters.get(arm.name, ""), best.get(arm.name))
-        if reference and arm.name in tests:
+        row = dataclasses.replace(_summary(arm, letters.get(arm.name, ""), best.get(arm.name)), control=against[arm.name])
+        if arm.name in tests:
+            reference = by_name[row.control]
             row = _compared(row, arm, reference, *tests[arm.name])
             row = dataclasses.replace(row, needed=_needed(arm, reference, pooled, wanted, len(rivals)))
         rows.append(row)
@@ -224,22 +235,24 @@ def _permutations(pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, float | 
     return p, min((statistics.smallest_p(*sizes) for sizes in by_size), default=None)
 
 
-def _letters(arms: Sequence[_Arm], control: str, p_holm: Mapping[str, float]) -> dict[str, str]:
+def _letters(arms: Sequence[_Arm], against: Mapping[str, str], p_holm: Mapping[str, float]) -> dict[str, str]:
     """One letter for each largest set of arms of which no two were told apart.
 
-    A pair with the control follows `p_holm`; the pairs of other arms are a family of their own.
+    A pair of an arm and its control follows `p_holm`; the other pairs are a family of their own.
     """
     differ = np.zeros((len(arms), len(arms)), bool)
-    others = [index for index, arm in enumerate(arms) if arm.name != control]
-    pairs = list(itertools.combinations(others, 2))
+    places = {arm.name: index for index, arm in enumerate(arms)}
+    tested = {name: places.get(against[name]) for name in p_holm}
+    couples = {frozenset((places[name], place)) for name, place in tested.items() if place is not None}
+    pairs = [pair for pair in itertools.combinations(range(len(arms)), 2) if frozenset(pair) not in couples]
     reach = min((statistics.smallest_p(len(arms[i].scores), len(arms[j].scores)) for i, j in pairs), default=1.0)
     if reach * len(pairs) <= ALPHA:  # otherwise no pair can be told apart, whatever the scores
         p, _ = _permutations([(arms[i].means, arms[j].means) for i, j in pairs])
         for (i, j), adjusted in zip(pairs, statistics.holm(p), strict=True):
             differ[i, j] = differ[j, i] = adjusted <= ALPHA
-    for index, arm in enumerate(arms):
-        if arm.name == control:
-            differ[index] = differ[:, index] = [p_holm.get(other.name, 1.0) <= ALPHA for other in arms]
+    for name, place in tested.items():
+        if place is not None:
+            differ[places[name], place] = differ[place, places[name]] = p_holm[name] <= ALPHA
     letters: dict[str, str] = {}
     for number, members in enumerate(statistics.groups(differ)):
         letter = string.ascii_letters[number] if number < len(string.ascii_letters) else f"({number + 1})"
@@ -268,9 +281,9 @@ def _needed(arm: _Arm, control: _Arm, pooled: statistics.Components, wanted: flo
 
 def _verdict(board: Leaderboard, sign: float) -> str:
     """The answer in plain words."""
-    control = f"`{board.control}`"
+    control = board.called
     compared = [row for row in board.rows if row.p_holm is not None]
-    if not any(row.runs for row in board.rows if row.arm == board.control):
+    if not compared and not any(row.runs for row in board.rows if row.arm == board.control):
         return f"The control {control} has no run with a score: nothing can be compared with it."
     if not compared or board.smallest_p is None:
         return f"Only the control {control} has runs with a score: there is nothing to compare it with."
@@ -344,8 +357,8 @@ def _legend(board: Leaderboard) -> Iterable[str]:
     )
     compared = [row for row in board.rows if row.p is not None]
     if board.smallest_p is not None:
-        k = next(row.k for row in board.rows if row.arm == board.control)
-        sampled = any(math.comb(row.k + k, k) > statistics.RELABELINGS for row in compared)
+        k = {row.arm: row.k for row in board.rows}
+        sampled = any(math.comb(row.k + k[row.control], row.k) > statistics.RELABELINGS for row in compared)
         how = f"{statistics.RELABELINGS:,} random relabelings, seed 0" if sampled else "exact"
         yield (
             f"p: two-sided permutation of pretrainings between arm and control ({how}), the smallest possible being "
@@ -396,10 +409,10 @@ def _table(board: Leaderboard) -> str:
     table.add_column("\ngroup", overflow="fold")
     for row in board.rows:
         cells = [row.arm, _repeats(row), _number(row.mean), _range(row.low, row.high)]
-        gap = "control" if row.arm == board.control else _signed(row.difference)
+        gap = "control" if row.arm == row.control else _signed(row.difference)
         cells += [_number(row.sd_between), _number(row.sd_within), gap]
         cells += [_range(row.difference_low, row.difference_high, _signed), _p(row.p), _p(row.p_holm)]
-        style = "bold" if _told(row) else "dim" if row.arm == board.control else None
+        style = "bold" if _told(row) else "dim" if row.arm == row.control else None
         table.add_row(*map(Text, [*cells, _chance(row.best_probability), row.letters or "–"]), style=style)
     out, colour = io.StringIO(), sys.stdout.isatty()
     console = Console(file=out, width=WIDTH, force_terminal=colour, color_system="auto" if colour else None)
@@ -428,7 +441,7 @@ def _paper(board: Leaderboard) -> str:
 def _markdown(board: Leaderboard) -> str:
     """For a README or an issue: every column, the verdict, the notes."""
     arm = ["arm", "k", "m", f"mean {board.metric}", "95 % interval", "sd between", "sd within"]
-    gap = [f"difference to {board.control}", "95 % interval", "p", "p (Holm)", "best", "group"]
+    gap = [f"difference to {board.called.strip('`')}", "95 % interval", "p", "p (Holm)", "best", "group"]
     lines = [[*arm, *gap, f"pretrainings needed for {_number(board.wanted)}"]]
     for row in board.rows:
         cells = [row.arm, str(row.k), str(row.m), _number(row.mean), _range(row.low, row.high)]

@@ -69,6 +69,7 @@ def train(
     report_seconds: float = 1.0,
     save_seconds: float = 60.0,
     look: Callable[[int], None] | None = None,
+    keep: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Train `method` up to optimizer step `steps`; returns how that ended.
 
@@ -78,6 +79,7 @@ def train(
     save      given, every `save_seconds` and at the end, the state to continue from. It is live: write it at once
     look      called with the steps done after `training.evaluations` evenly spaced steps, the last one included, in eval
               mode, and before the state of that step is saved: a look can happen twice, but is never lost
+    keep      called with the steps done after each of `training.snapshots`, likewise before the state of that step is saved
     With several workers (a process group of size `world`) rank 0 alone is told, looks and saves.
     Raises RunError when a loss is not finite, naming step and terms, or when the batches end early.
     """
@@ -92,7 +94,8 @@ def train(
         return outcome
     joint = _joint(method, training, world)
     looks = {round(steps * (k + 1) / training.evaluations) for k in range(training.evaluations)} if look else set()
-    watch = _Watch(outcome, steps, training, world, looks, report_seconds)
+    kept = {int(step) for step in training.snapshots} if keep else set()
+    watch = _Watch(outcome, steps, training, world, looks | kept, report_seconds)
     saving = _Saving(save, save_seconds)
 
     for index, batch in zip(range(start, steps), batches(start), strict=False):
@@ -121,6 +124,8 @@ def train(
                 method.eval()
                 look(outcome.step)
                 method.train()
+            if rank == 0 and keep and outcome.step in kept:
+                keep(outcome.step)
             if rank == 0 and (saving.due() or outcome.status != "training"):
                 state = checkpoint.capture(method, optimizer, scaler, outcome.step) | {"outcome": asdict(outcome)}
                 saving.write(state)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from medssl.methods.protocol import Batch, Method
-from medssl.platform import atomic, checkpoint, evaluate, find, ledger, loop, metrics, stream, train
+from medssl.platform import atomic, checkpoint, evaluate, find, ledger, loop, metrics, plan, stream, train, weights
 from medssl.platform.board import Board
 from medssl.platform.config import Experiment, Part
 from medssl.platform.errors import RunError
@@ -88,6 +88,8 @@ def _do(job: Job) -> dict[str, Any]:
     record = {"kind": stage.kind, "stage": stage.id, "seed": stage.seed, "steps": stage.steps, "parent": stage.parent}
     record |= {"arm": job.chain.arm, "pretraining": job.chain.index, "encoder_seed": job.chain.encoder_seed}
     record |= {"store": str(job.work.store), "split": job.work.split.name, "config": experiment.tree()}
+    if stage.kind == "finetune" and experiment.data.labelled_slices:
+        record["labelled_slices"] = plan.labelled_slices(experiment, Store.open(job.work.store), job.work.split)
     atomic.write_json(job.folder / "run.json", record | {"provenance": provenance()})
     resources = experiment.resources
     alone = resources.workers == 1  # several workers read the store themselves: cheaper than sending them copies
@@ -120,18 +122,26 @@ def _pretrain(job: Job, rank: int, world: int, device: torch.device) -> dict[str
     torch.set_num_threads(experiment.resources.cpus)
     torch.manual_seed(job.chain.encoder_seed)
     encoder = network(experiment, store.channels, len(store.classes)).encoder
+    found = plan.origin(experiment.start)
+    before = [weights.begin(encoder, found.file, partial=experiment.start.partial)[0].chain] if found else []
     method = find.load("method", part.name).METHOD(encoder, part.settings)
     batches = _batches(job, part, job.work.split.train, None, rank, world, device)
-    outcome = _train(job, method, part, batches, rank, world, device)
+
+    def card(step: int) -> dict[str, Any]:
+        about = {"method": part.name, "network": experiment.network.name, "channels": store.channels, "data": store.name}
+        chain = " -> ".join([*before, f"{part.name}:{store.name}@{step}"])
+        return about | {"steps": step, "config": experiment.tree(), "start": found.identity if found else None, "chain": chain}
+
+    def keep(step: int) -> None:  # once more, and bit for bit the same, where a kill came before the step was saved
+        file = job.folder / f"encoder@{step}.pt"
+        checkpoint.save(file, {"encoder": method.transferable_state(), "card": card(step)})
+
+    outcome = _train(job, method, part, batches, rank, world, device, keep=keep)
+    end = card(outcome.step)
     if rank == 0:
-        card = {"method": part.name, "network": experiment.network.name, "channels": store.channels, "data": store.name}
-        card |= {
-            "steps": outcome.step,
-            "config": experiment.tree(),
-            "chain": f"{part.name}:{store.name}@{outcome.step}",
-        }
-        checkpoint.save(job.folder / "encoder.pt", {"encoder": method.transferable_state(), "card": card})
-    return {"status": outcome.status, "step": outcome.step, "losses": outcome.losses, "monitors": outcome.monitors}
+        checkpoint.save(job.folder / "encoder.pt", {"encoder": method.transferable_state(), "card": end})
+    said = {"status": outcome.status, "step": outcome.step, "losses": outcome.losses, "monitors": outcome.monitors}
+    return said | {"chain": end["chain"]}
 
 
 def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str, Any]:
@@ -139,7 +149,7 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
     experiment, store, split = job.chain.experiment, Store.open(job.work.store), job.work.split
     part = experiment.finetune
     torch.set_num_threads(experiment.resources.cpus)
-    model = _start(job, store)
+    model, before = _start(job, store)
     method = find.load("method", part.name).METHOD(model, part.settings)
     batches = _batches(job, part, labelled_patients(experiment, split), True, rank, world, device)
     best = job.folder / "best.pt"
@@ -148,8 +158,9 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
     def look(step: int) -> None:
         score = _mean(_scores(model, validation, store, experiment, "val", surface=False), experiment)
         if not best.exists() or score > checkpoint.load(best)["validation"]:
-            checkpoint.save(best, {"network": model.state_dict(), "validation": score, "step": step})
+            checkpoint.save(best, {"network": model.state_dict(), "validation": score, "step": step, "chain": chain})
 
+    chain = " -> ".join([*before, f"{part.name}:{store.name}"])
     outcome = _train(job, method, part, batches, rank, world, device, look)
     if rank:
         return {}
@@ -170,23 +181,34 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
         "validation": kept["validation"],
         "test": _mean([score for score in scores if score.part == "test"], experiment),
         "losses": outcome.losses,
+        "chain": kept["chain"],
     }
 
 
-def _start(job: Job, store: Store) -> Any:
-    """The network that a fine-tuning starts from: the encoder of its pretraining, or as that one was before its first step.
+def _start(job: Job, store: Store) -> tuple[Any, list[str]]:
+    """The network that a fine-tuning starts from, and how its encoder came to be.
+
+    The encoder is that of the pretraining, at its end or a snapshot, or the given one, or as it was before the first step.
 
     So the arm from scratch is a pretraining of zero steps: at one index all arms begin with equal encoders, and what is
     fresh in the decoder depends on the fine-tuning's seed alone.
     """
     torch.manual_seed(job.chain.encoder_seed)
-    start = network(job.chain.experiment, store.channels, len(store.classes)).encoder.state_dict()
+    initial = network(job.chain.experiment, store.channels, len(store.classes)).encoder.state_dict()
     torch.manual_seed(job.stage.seed)
     model = network(job.chain.experiment, store.channels, len(store.classes))
-    if job.stage.parent:
-        start = checkpoint.load(job.work.site.stage(job.stage.parent) / "encoder.pt")["encoder"]
-    checkpoint.transfer(start, model.encoder)
-    return model
+    checkpoint.transfer(initial, model.encoder)
+    start, own = job.chain.experiment.start, job.chain.pretraining
+    found = plan.origin(start)
+    file = job.work.site.stage(own.id) / "encoder.pt" if own else found.file if found else None
+    if file is None:
+        return model, []
+    if start.step is not None:
+        file = file.with_name(f"encoder@{start.step}.pt")
+        if not file.exists():
+            raise RunError(f"{file}: the pretraining ended before this snapshot; choose an earlier start.step")
+    given, _ = weights.begin(model.encoder, file, partial=start.partial and own is None)
+    return model, [given.chain]
 
 
 def _batches(
@@ -196,6 +218,11 @@ def _batches(
     assert part.training is not None
     size, seed, wanted = part.training.batch, job.stage.seed, tuple(patients)
     store, choice = Store.open(job.work.store), job.chain.experiment.data.stream
+    few = plan.labelled_slices(job.chain.experiment, store, job.work.split) if labelled else None
+    if few is not None:
+        there = job.work.slices("train") if job.work.arrays is not None else stream.Slices.read(store, wanted, True)
+        here = there.only(few).to(device)
+        return lambda start: stream.node_batches(here, size, seed=seed, start=start, rank=rank, world=world)
     solid = job.chain.experiment.spatial_dims == 3
     fits = choice != "auto" or stream.fits(store, wanted, labelled)
     if solid and not fits:
@@ -228,6 +255,7 @@ def _train(
     world: int,
     device: torch.device,
     look: Callable[[int], None] | None = None,
+    keep: Callable[[int], None] | None = None,
 ) -> loop.Outcome:
     """The loop, with this stage's checkpoint, progress file, log and board."""
     assert part.training is not None
@@ -255,6 +283,7 @@ def _train(
             save=lambda state: checkpoint.save(saved, state),
             save_seconds=job.chain.experiment.resources.checkpoint_seconds,
             look=look,
+            keep=keep,
         )
 
 

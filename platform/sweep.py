@@ -60,6 +60,7 @@ class Sweep:
     store: Path
     split: str
     folder: Path
+    compare: Mapping[str, str] = dataclasses.field(default_factory=dict)  # arms whose control is not `control`
 
     @property
     def file(self) -> Path:
@@ -111,10 +112,42 @@ def load_space(name: str) -> ModuleType:
     return module
 
 
-def layers(data: str, files: tuple[Path, ...], overrides: tuple[str, ...]) -> dict[str, Any]:
-    """The settings' tree of a command line: files, then overrides."""
+def layers(data: str, files: tuple[Path, ...], overrides: tuple[str, ...], last: Settings | None = None) -> dict[str, Any]:
+    """The settings' tree of a command line: files, then overrides, then what its own words say (`last`).
+
+    Given weights become an absolute path, and bring their network where medssl pretrained them.
+    """
     given = dict(map(config.override, overrides))
-    return config.stack([*map(config.read, files), config.nested(given), {"data": {"name": data}}])
+    tree = config.stack([*map(config.read, files), config.nested(given), last or {}, {"data": {"name": data}}])
+    start = tree.get("start")
+    if not isinstance(start, Mapping) or not isinstance(start.get("weights"), str):
+        return tree
+    place = Site.here().find_weights(start["weights"])
+    tree = config.stack([tree, {"start": {"weights": str(place)}}])
+    if place.is_file():
+        return tree
+    theirs = json.loads((place / "run.json").read_text())["config"]["network"]
+    typed = tree.get("network") or {}
+    asked, trained = typed.get("spatial_dims"), theirs.get("spatial_dims", 2)
+    if asked not in (None, trained):
+        raise UsageError(f"start.weights: the encoder of {place.name} reads {trained}D, not {asked}D; pretrain one in {asked}D")
+    return tree if typed.get("name", theirs["name"]) != theirs["name"] else config.stack([{"network": theirs}, tree])
+
+
+def _base(request: Request, space: ModuleType) -> dict[str, Any]:
+    """The tree that all arms of a request share: the space's defaults, and what was typed over them."""
+    typed = layers(request.data, request.files, request.overrides)
+    return config.stack([config.nested(getattr(space, "DEFAULTS", {})), typed])
+
+
+def _arms(space: ModuleType) -> dict[str, Settings]:
+    """The arms of a space; weights that one names become an absolute path, for workers start elsewhere."""
+    arms: dict[str, Settings] = {}
+    for label, settings in space.arms().items():
+        weights = settings.get("start.weights")
+        place = {"start.weights": str(Site.here().find_weights(weights))} if isinstance(weights, str) else {}
+        arms[label] = {**settings, **place}
+    return arms
 
 
 def _check(request: Request) -> tuple[ModuleType, dict[str, Settings], dict[str, Settings] | None]:
@@ -122,11 +155,16 @@ def _check(request: Request) -> tuple[ModuleType, dict[str, Settings], dict[str,
     space = load_space(request.space)
     if request.search not in ("grid", "tpe", "gp", "random"):
         raise UsageError(f"--search {request.search}: {find.nearest(request.search, ['grid', 'tpe', 'gp', 'random'])}")
-    base = layers(request.data, request.files, request.overrides)
-    arms = space.arms()
-    if space.CONTROL not in arms:
-        raise UsageError(f'{request.space}: its control "{space.CONTROL}" is not among its arms')
-    varied = {key for settings in arms.values() for key in settings}
+    base, arms = _base(request, space), _arms(space)
+    for label in (space.CONTROL, *(label for pair in getattr(space, "COMPARE", {}).items() for label in pair)):
+        if label not in arms:
+            raise UsageError(f'{request.space}: its control "{label}" is not among its arms')
+    for name in getattr(space, "NEEDS", ()):
+        section, _, key = name.partition(".")
+        if (base.get(section) or {}).get(key) is None:
+            raise UsageError(f"{request.space} compares what only you can give: add -o {name}=…")
+    # null switches off, in one arm, what a command line may set for the others
+    varied = {key for settings in arms.values() for key, value in settings.items() if value is not None}
     for name in (config.override(text)[0] for text in request.overrides):
         if name in varied:
             raise UsageError(f"-o {name}: that is what {request.space} varies; leave it out, or write your own space file")
@@ -143,28 +181,59 @@ def _check(request: Request) -> tuple[ModuleType, dict[str, Settings], dict[str,
     return space, {label: arms[label] for label in controls}, None
 
 
-def _refuse_early(request: Request, store: Store, arms: Mapping[str, Settings]) -> Sweep:
-    """The sweep on its data. Raises UsageError for an arm that these data cannot give, before anything starts."""
-    sweep = _bind(request, load_space(request.space), store)
-    for settings in arms.values():
-        plan.resolve(sweep.experiment(settings), store, catalogue.split(store, sweep.split))
-    return sweep
+def _fitted(
+    request: Request, space: ModuleType, store: Store, arms: Mapping[str, Settings], say: Say
+) -> tuple[Sweep, dict[str, Settings]]:
+    """The sweep on its data, and the arms that these allow.
+
+    Left out, and said: an arm that asks for more labels than there are, and one that is another arm over again (of 4 labelled
+    patients, "4" and "all"). Raises UsageError for whatever else the data cannot give, before anything starts.
+    """
+    sweep = _bind(request, space, store)
+    split = catalogue.split(store, sweep.split)
+    kept: dict[str, Settings] = {}
+    seen: dict[str, str] = {}
+    for label, settings in arms.items():
+        try:
+            experiment = plan.resolve(sweep.experiment(settings), store, split)
+        except plan.TooFewLabels as error:
+            if label == sweep.control or not {"data.labelled", "data.labelled_slices"} & settings.keys():
+                raise
+            say(f'arm "{label}" is left out: {error}')
+            continue
+        identity = plan.chain(label, 0, 1, experiment, store, split).finetunings[0].id
+        if (twin := seen.setdefault(identity, label)) != label:
+            say(f'arm "{label}" is left out: on these data it is the same as "{twin}"')
+            continue
+        kept[label] = settings
+    return sweep, kept
 
 
 def _bind(request: Request, space: ModuleType, store: Store) -> Sweep:
     """The sweep of a request in its folder; k and m grow an earlier one with the same name."""
-    base = layers(request.data, request.files, request.overrides)
+    base = _base(request, space)
     split = catalogue.split(store, config.build(config.suited(store.defaults, base)).data.split)
     name = Path(request.space).stem.replace("_", "-")
     what = [base, store.defaults, store.content_hash, dataclasses.asdict(split), request.search]
-    what.append(space.arms() if request.search == "grid" else Path(str(space.__file__)).read_text())
+    what.append(_arms(space) if request.search == "grid" else Path(str(space.__file__)).read_text())
     folder = Site.here().runs / "sweeps" / f"{name}-{store.name}-{config.digest(what)[:6]}"
     k, m = request.k, request.m
     if (folder / "sweep.json").exists():
         earlier = Sweep.open(folder)
         k, m = max(k, earlier.k), max(m, earlier.m)
     return Sweep(
-        name, space.QUESTION, space.CONTROL, request.search, base, store.defaults, k, m, store.root, split.name, folder
+        name,
+        space.QUESTION,
+        space.CONTROL,
+        request.search,
+        base,
+        store.defaults,
+        k,
+        m,
+        store.root,
+        split.name,
+        folder,
+        getattr(space, "COMPARE", {}),
     )
 
 
@@ -172,9 +241,9 @@ def dry_run(request: Request, say: Say) -> str:
     """The plan of a request, as text. Imports neither torch nor ray."""
     space, controls, grid = _check(request)
     store = catalogue.open_store(request.data, say=say)
-    sweep = _bind(request, space, store)
+    sweep, fitted = _fitted(request, space, store, controls if grid is None else grid, say)
     split = catalogue.split(store, sweep.split)
-    arms = {label: plan.resolve(sweep.experiment(settings), store, split) for label, settings in (grid or controls).items()}
+    arms = {label: plan.resolve(sweep.experiment(settings), store, split) for label, settings in fitted.items()}
     text = plan.describe(arms, sweep.k, sweep.m, store, split, Site.here().finished())
     if grid is None:
         text += f"\nsearch   {request.search}: up to {request.trials} more arms, losing ones stopped after a pretraining"
@@ -195,10 +264,11 @@ def run(request: Request, *, time_budget: str | None, address: str | None, wante
     with ThreadPoolExecutor(1) as beside:
         preparing = beside.submit(catalogue.open_store, request.data, say)
         if catalogue.is_prepared(request.data):
-            _refuse_early(request, preparing.result(), grid or controls)
+            _fitted(request, space, preparing.result(), grid or controls, lambda text: None)
         with connected(address):  # which takes seconds to come up, in which data are prepared
             store = preparing.result()
-            sweep = _refuse_early(request, store, grid or controls)
+            sweep, fitted = _fitted(request, space, store, controls if grid is None else grid, say)
+            controls, grid = (fitted, None) if grid is None else ({}, fitted)
             with atomic.owned(sweep.folder) as mine:
                 if not mine:
                     raise RunError(f"{sweep.folder.name} is being run by another process; `medssl status` shows it")
@@ -366,7 +436,7 @@ def leaderboard(name: str | None, output: str, metric: str, wanted: float = 0.01
     if not by_patient:
         raise UsageError(f'no metric "{metric}"; {find.nearest(metric, table["metric"].unique().to_pylist())}')
     runs = [Run(*owner, by_patient.get(stage, {})) for stage, owner in owners.items()]  # empty: not finished, and counted
-    ranked = board.rank(runs, sweep.control, metric=metric, wanted=wanted)
+    ranked = board.rank(runs, sweep.control, metric=metric, wanted=wanted, compare=sweep.compare)
     for kind in ("md", "csv", "json"):
         atomic.write_text(sweep.folder / f"leaderboard.{kind}", board.render(ranked, kind))
     return board.render(ranked, output)

@@ -347,3 +347,34 @@ def test_200_arms_are_ranked_in_two_seconds():
     render(board)
     assert time.process_time() - start < 2.0
     assert len(board.rows) == 200
+
+
+def test_each_arm_is_compared_with_its_own_control_in_one_family():
+    """Against a table made by hand: differences and p of each pair alone, Holm over both pairs."""
+    k, rng = 5, np.random.default_rng(0)
+    levels = {"scratch 1": 0.3, "pretrained 1": 0.5, "scratch all": 0.8, "pretrained all": 0.801}
+    runs = [run for arm, level in levels.items() for run in runs_of(arm, rng.normal(level, 0.01, (k, 1)).tolist(), patients=3)]
+    compare = {arm: f"scratch {arm.split()[1]}" for arm in levels}
+    board = rank(runs, "scratch 1", metric="dice", compare=compare)
+    pairs = {}
+    for budget in ("1", "all"):
+        alone = [run for run in runs if run.arm.endswith(budget)]
+        pairs[f"pretrained {budget}"] = row_of(rank(alone, f"scratch {budget}", metric="dice"), f"pretrained {budget}")
+    holm = statistics.holm(np.array([row.p for row in pairs.values()]))
+    for (arm, row), p_holm in zip(pairs.items(), holm, strict=True):
+        found = row_of(board, arm)
+        assert (found.difference, found.p, found.control) == (row.difference, row.p, row.control)
+        assert found.p_holm == pytest.approx(p_holm)
+    for arm in ("scratch 1", "scratch all"):
+        assert row_of(board, arm).p is None
+        assert row_of(board, arm).control == arm
+    assert "Better than its control: `pretrained 1`; cannot be told apart from it: `pretrained all`" in board.verdict
+    assert not set(row_of(board, "scratch 1").letters) & set(row_of(board, "pretrained 1").letters)
+    assert set(row_of(board, "scratch all").letters) & set(row_of(board, "pretrained all").letters)
+    assert "difference to its control" in render(board, "md")
+
+
+def test_controls_that_are_all_the_same_change_nothing():
+    runs = simulated(4, 4, 2, gain=0.01)
+    one, other = (rank(runs, "a0", metric="dice", compare=compare) for compare in (None, {f"a{i}": "a0" for i in range(4)}))
+    assert render(one, "json") == render(other, "json")

@@ -287,3 +287,44 @@ def test_draws_follow_seed_rank_and_step_alone() -> None:
     torch.rand(5)
     assert draws(0, 0) == first
     assert len({*first, *draws(1, 0), *draws(0, 1)}) == 12
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 8])
+def test_snapshots_survive_kills_and_hold_what_an_undisturbed_training_held(tmp_path: Path, stop: int) -> None:
+    """Killed at step `stop`, before its state is saved: whatever had been kept is kept again alike, and nothing is missing."""
+
+    def run(folder: Path, resume: Any = None, stop: int | None = None) -> dict[str, str]:
+        method, training = build("simsiam")
+        training = dataclasses.replace(training, snapshots=(3, 4, 7, 9))
+
+        def keep(step: int) -> None:
+            checkpoint.save(folder / f"encoder@{step}.pt", method.transferable_state())
+            if step == stop:
+                raise KeyboardInterrupt
+
+        def on_step(step: int, terms: dict[str, float], monitors: dict[str, float], lr: float) -> None:
+            if step == stop and step not in training.snapshots:
+                raise KeyboardInterrupt
+
+        loop.train(
+            method, batches, training, steps=9, seed=3, resume=resume, on_step=on_step, keep=keep, report_seconds=0,
+            save=lambda state: checkpoint.save(folder / "c.pt", state), save_seconds=0,
+        )  # fmt: skip
+        return {file.name: checkpoint.digest(checkpoint.load(file)) for file in sorted(folder.glob("encoder@*.pt"))}
+
+    whole = run(tmp_path / "whole")
+    assert list(whole) == ["encoder@3.pt", "encoder@4.pt", "encoder@7.pt", "encoder@9.pt"]
+    assert len(set(whole.values())) == 4
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stop=stop)
+    assert run(tmp_path / "parts", checkpoint.load(tmp_path / "parts" / "c.pt")) == whole
+
+
+def test_snapshots_change_nothing_of_the_training(tmp_path: Path) -> None:
+    ends = []
+    for snapshots in ((), (2, 5)):
+        method, training = build("simsiam")
+        training = dataclasses.replace(training, snapshots=snapshots)
+        loop.train(method, batches, training, steps=6, seed=3, keep=lambda step: None)
+        ends.append(checkpoint.digest(method.state_dict()))
+    assert ends[0] == ends[1]

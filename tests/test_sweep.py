@@ -291,3 +291,46 @@ def test_a_space_of_ones_own_must_say_what_it_asks(here):
 def test_a_leaderboard_without_a_sweep_says_so(here):
     with pytest.raises(UsageError, match="no sweep yet"):
         sweep.leaderboard(None, "table", "dice")
+
+
+LABELS = """
+from medssl.search_spaces.label_fraction import COMPARE, CONTROL, QUESTION, arms
+"""
+
+
+@pytest.mark.slow
+def test_a_label_curve_compares_each_budget_with_its_own_control(here, ray_local):
+    (here / "labels.py").write_text(LABELS)
+    said: list[str] = []
+    table = sweep.run(request(space="labels.py", k=2, m=1), time_budget=None, address=None, say=said.append)
+    kept = sweep.Sweep.open(Site.here().find_sweep(None)).arms()
+    rows = {row["arm"]: row for row in json.loads(sweep.leaderboard(None, "json", "dice"))["rows"]}
+    assert (
+        set(rows) == set(kept) <= {f"{series}, {n}" for series in ("from scratch", "pretrained") for n in (1, 2, 4, 8, "all")}
+    )
+    assert any("is left out" in line for line in said), "there are fewer than 8 labelled patients"
+    for label, row in rows.items():
+        series, budget = label.split(", ")
+        assert row["control"] == f"from scratch, {budget}"
+        assert (row["p"] is None) == (series == "from scratch")
+        if series == "pretrained":
+            assert row["difference"] == pytest.approx(row["mean"] - rows[f"from scratch, {budget}"]["mean"])
+    assert len(stages("pretrain", False)) == 2, "one pretraining serves all budgets, twice"
+    assert "its control" in table
+
+
+@pytest.mark.slow
+def test_given_weights_reach_the_workers_of_a_sweep(here, ray_local):
+    """Typed as a path relative to here; workers start elsewhere. The four arms of search_spaces/initialisation.py."""
+    import torch
+
+    from medssl.methods.networks import unet
+
+    encoder = unet.UNet(1, 2, unet.Config(width=4, levels=3)).encoder
+    torch.save(encoder.state_dict(), here / "given.pth")
+    table = run(space="initialisation", k=1, m=1, overrides=("start.weights=given.pth",))
+    assert all(label in table for label in ("from scratch", "given weights", "self-supervised", "hierarchical"))
+    done = {folder.name: json.loads((folder / "done.json").read_text()) for folder in stages("finetune", False)}
+    begun = sorted(entry["chain"].split(" -> ")[:-1] for entry in done.values())
+    given, own = "given (encoder)", "simsiam:phantom@30"
+    assert begun == [[], [given], [given, own], [own]]
