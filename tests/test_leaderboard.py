@@ -13,8 +13,9 @@ import pytest
 
 from medssl.platform import statistics
 from medssl.platform.errors import RunError, UsageError
-from medssl.platform.leaderboard import Leaderboard, rank, render
+from medssl.platform.leaderboard import Leaderboard, rank
 from medssl.platform.records import Run
+from medssl.platform.render import render
 
 # The 24 published scores of the IoU study: 2 pretrainings x 2 fine-tunings, its printed mean and population deviation
 STUDY = {
