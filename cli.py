@@ -139,13 +139,14 @@ def pretrain(
     method: Annotated[str, typer.Argument(help="A file of methods/.")],
     data: DataName = "phantom",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
+    index: Annotated[int, typer.Option(min=0, help="Which of the k pretrainings of a sweep's arm.")] = 0,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
     """Pretrain one encoder."""
     from medssl.platform import single
 
-    typer.echo(single.pretrain(method, data, seed, files or [], overrides or [], say=_aside))
+    typer.echo(single.pretrain(method, data, seed, files or [], overrides or [], say=_aside, index=index))
 
 
 @app.command()
@@ -153,13 +154,16 @@ def finetune(
     start: Annotated[str | None, typer.Option("--from", help="A pretraining's id; without it, from scratch.")] = None,
     data: DataName = "phantom",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
+    index: Annotated[int, typer.Option(min=0, help="Which of the k pretrainings of a sweep's arm.")] = 0,
+    number: Annotated[int, typer.Option(min=0, help="Which fine-tuning of that pretraining.")] = 0,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a segmentation network, from a pretraining or from scratch, and score it on the test patients."""
     from medssl.platform import single
 
-    typer.echo(single.finetune(start, data, seed, files or [], overrides or [], say=_aside))
+    given = (start, data, seed, files or [], overrides or [])
+    typer.echo(single.finetune(*given, say=_aside, index=index, number=number))
 
 
 @app.command()
@@ -239,9 +243,7 @@ def stop(name: Annotated[str | None, typer.Argument(help="A sweep; default: the 
 
 @app.command()
 def leaderboard(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Sweeps; default: the newest.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Sweeps; default: the newest.")] = None,
     output: Annotated[str, typer.Option("--format", help="table, paper, md, csv, json or html.")] = "table",
     sort: Annotated[str, typer.Option(help="mean, arm, or difference to the control, largest first.")] = "mean",
     metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",

@@ -49,7 +49,6 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "figure.constrained_layout.use": True,
-    "savefig.dpi": 200,
     "svg.hashsalt": "medssl",
     "svg.fonttype": "path",
     "hatch.linewidth": 0.6,
@@ -99,18 +98,18 @@ def save(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
     return written
 
 
-def png(figure: Figure) -> bytes:
-    return _bytes(figure, "png", {"Software": None})
+def png(figure: Figure, dpi: float = 200) -> bytes:
+    return _bytes(figure, "png", {"Software": None}, dpi)
 
 
 def svg(figure: Figure) -> bytes:
     return _bytes(figure, "svg", {"Date": None, "Creator": None})
 
 
-def _bytes(figure: Figure, kind: str, metadata: Mapping[str, None]) -> bytes:
+def _bytes(figure: Figure, kind: str, metadata: Mapping[str, None], dpi: float = 200) -> bytes:
     out = io.BytesIO()
     with _styled():
-        figure.savefig(out, format=kind, metadata=dict(metadata))
+        figure.savefig(out, format=kind, metadata=dict(metadata), dpi=dpi)
     return out.getvalue()
 
 
@@ -500,14 +499,16 @@ def realised(histograms: Sequence[Histogram]) -> Figure:
 
 
 def spent(kinds: Sequence[Spent]) -> Figure:
-    """The plan against what was spent: stages done of those planned, and hours so far with those to come, by kind."""
+    """The plan against what was spent: stages done of those planned, and the time so far with that to come, by kind."""
+    hours = max(kind.hours + (kind.hours_left or 0.0) for kind in kinds) >= 1
+    factor, unit = (1, "hours") if hours else (60, "minutes")
     with _styled():
         figure = _figure(0.95 + 0.38 * len(kinds))
         left, right = figure.subplots(1, 2, sharey=True)
         for y, kind in enumerate(kinds):
             for axes, done, open_, said in (
                 (left, kind.done, kind.planned - kind.done, f"{kind.done} of {kind.planned}"),
-                (right, kind.hours, kind.hours_left or 0.0, _hours(kind)),
+                (right, factor * kind.hours, factor * (kind.hours_left or 0.0), _time(kind, factor)),
             ):
                 axes.barh(y, done, color=PALETTE[0], height=0.55)
                 axes.barh(
@@ -518,7 +519,7 @@ def spent(kinds: Sequence[Spent]) -> Figure:
         left.set_ylim(len(kinds) - 0.4, -0.6)
         left.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         left.set_xlabel("stages")
-        right.set_xlabel("hours of a worker group")
+        right.set_xlabel(f"{unit} of a worker group")
         for axes in (left, right):
             axes.set_xlim(0, 1.32 * max(axes.get_xlim()[1], 1e-3))
             axes.tick_params(axis="y", length=0)
@@ -532,10 +533,11 @@ def spent(kinds: Sequence[Spent]) -> Figure:
     return figure
 
 
-def _hours(kind: Spent) -> str:
+def _time(kind: Spent, factor: int) -> str:
     if kind.done == kind.planned:
-        return f"{kind.hours:.3g}"
-    return f"{kind.hours:.3g} so far" + (f", about {kind.hours_left:.2g} to come" if kind.hours_left is not None else "")
+        return f"{factor * kind.hours:.3g}"
+    left = "" if kind.hours_left is None else f", about {factor * kind.hours_left:.2g} to come"
+    return f"{factor * kind.hours:.3g} so far{left}"
 
 
 # --- what they share ---

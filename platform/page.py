@@ -7,6 +7,7 @@ lets a browser run the one script below, known by its hash, and fetch nothing.
 import base64
 import hashlib
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,7 @@ th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=desce
 figure { margin: 1rem 0 1.75rem; } figure img { max-width: 100%; height: auto; display: block; }
 code, pre { font: .8125rem/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--wash); padding: .6rem .8rem; margin: .4rem 0; }
+p code, li code { font-size: .875em; }
 details { margin: .4rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; } .wide { overflow: visible; }
   table { font-size: 7pt; } th, td { padding: 2pt 3pt; } figure, tr, .verdict { break-inside: avoid; }
@@ -89,6 +91,11 @@ class Line:
 def escape(text: object) -> str:
     """As text between tags or in a quoted attribute, whatever it holds."""
     return html.escape(str(text), quote=True)
+
+
+def prose(text: str) -> str:
+    """A sentence as text, what it has in backquotes as code."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def page(title: str, body: str) -> str:

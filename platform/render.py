@@ -51,8 +51,8 @@ def several(boards: Mapping[str, Leaderboard], format: str, why: str) -> str:
 
 def html(board: Leaderboard) -> str:
     """The verdict, a table that sorts by any column, and the notes, as a part of a page."""
-    notes = "".join(f"<li>{page.escape(note)}</li>" for note in board.notes)
-    return f'<p class="verdict">{page.escape(board.verdict)}</p>{html_table(board)}<ul class="notes">{notes}</ul>'
+    notes = "".join(f"<li>{page.prose(note)}</li>" for note in board.notes)
+    return f'<p class="verdict">{page.prose(board.verdict)}</p>{html_table(board)}<ul class="notes">{notes}</ul>'
 
 
 def html_table(board: Leaderboard) -> str:

@@ -4,13 +4,16 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from medssl.platform import atomic, catalogue, checkpoint, config, evaluate, ledger, metrics, plan, stages, stream, watch
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain
+from medssl.platform.records import Volume
 from medssl.platform.site import Site
 from medssl.platform.splits import Split
 from medssl.platform.store import Store
@@ -19,18 +22,33 @@ from medssl.platform.sweep import connected, layers
 Say = Callable[[str], None]
 
 
-def pretrain(method: str, data: str, seed: int, files: Sequence[Path], overrides: Sequence[str], *, say: Say) -> str:
-    """Run or look up one pretraining; returns its id and how it ended."""
+def pretrain(
+    method: str, data: str, seed: int, files: Sequence[Path], overrides: Sequence[str], *, say: Say, index: int = 0
+) -> str:
+    """Run or look up one pretraining, number `index` of those that a sweep gives an arm; returns its id and how it ended."""
     experiment, store, split = _experiment(data, files, overrides, {"pretrain": {"name": method}, "seed": seed}, say)
-    chain = plan.chain(method, 0, 0, experiment, store, split)
+    chain = plan.chain(method, index, 0, experiment, store, split)
     assert chain.pretraining is not None
     done = _fulfil(stages.Job(chain, chain.pretraining, stages.Work(Site.here(), store.root, split)), say)
     monitors = ", ".join(f"{name} {value:.3f}" for name, value in done["monitors"].items())
     return f"{chain.pretraining.id}: {done['status']} after {done['step']} steps; {monitors}"
 
 
-def finetune(start: str | None, data: str, seed: int, files: Sequence[Path], overrides: Sequence[str], *, say: Say) -> str:
-    """Run or look up one fine-tuning, from a pretraining's id or from scratch; returns its id and test score."""
+def finetune(
+    start: str | None,
+    data: str,
+    seed: int,
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    *,
+    say: Say,
+    index: int = 0,
+    number: int = 0,
+) -> str:
+    """Run or look up one fine-tuning, from a pretraining's id or from scratch; returns its id and test score.
+
+    index, number   which of a sweep's pretrainings, and which fine-tuning of it: they decide the seeds
+    """
     site, parent = Site.here(), None
     tree: dict[str, Any] = {"pretrain": None, "seed": seed}
     if start:
@@ -41,8 +59,8 @@ def finetune(start: str | None, data: str, seed: int, files: Sequence[Path], ove
         parent = folder.name
         tree["network"] = run["config"]["network"]
     experiment, store, split = _experiment(data, files, overrides, tree, say)
-    stage = plan.finetuning(0, experiment.seed * 1000, parent, experiment, store, split)
-    chain = Chain(start or "from scratch", 0, experiment, None, (stage,))
+    stage = plan.finetuning(number, experiment.seed * 1000 + index, parent, experiment, store, split)
+    chain = Chain(start or "from scratch", index, experiment, None, (stage,))
     done = _fulfil(stages.Job(chain, stage, stages.Work(site, store.root, split)), say)
     return f"{stage.id}: validation {done['validation']:.3f}, test {done['test']:.3f} ({experiment.evaluate.metric})"
 
@@ -116,6 +134,15 @@ def _trained(folder: Path, experiment: config.Experiment, store: Store) -> Any:
 
 def pictures(name: str, out: Path) -> list[Path]:
     """PNGs of the worst and the best test volume of a fine-tuning, reference and prediction outlined."""
+    written = []
+    for which, prepared, _, predicted in cases(name):
+        written.append(out / f"{which}-{prepared.volume}.png")
+        _save(written[-1], evaluate.picture(prepared, predicted))
+    return written
+
+
+def cases(name: str) -> Iterator[tuple[str, Volume, float, Tensor]]:
+    """The worst and the best test volume of a fine-tuning: which of them, the volume, its score, and what is predicted."""
     folder, experiment, store = _finetuned(name)
     model, metric = _trained(folder, experiment, store), experiment.evaluate.metric
     rows = [row for row in ledger.scores(folder.parents[1], folder.name) if row.part == "test" and row.metric == metric]
@@ -124,14 +151,11 @@ def pictures(name: str, out: Path) -> list[Path]:
     ranked = sorted((volume for volume in means if not math.isnan(means[volume])), key=lambda volume: means[volume])
     if not ranked:
         raise RunError(f"{folder.name}: no test volume has a {metric}; there is nothing to draw")
-    written = []
     for which, volume in (("worst", ranked[0]), ("best", ranked[-1])):
         slices = stream.Slices.read(store, patients=[patients[volume]])
         prepared = next(each for each in slices.volumes() if each.volume == volume)
         predicted = evaluate.infer(model, prepared, side=stages.window(experiment), overlap=experiment.evaluate.overlap)
-        written.append(out / f"{which}-{volume}.png")
-        _save(written[-1], evaluate.picture(prepared, predicted))
-    return written
+        yield which, prepared, means[volume], predicted
 
 
 def _save(path: Path, image: Any) -> None:
