@@ -112,7 +112,7 @@ def merged(sweeps: Sequence[Scored]) -> tuple[list[Run], str, list[str]]:
 def boards(names: Sequence[str], metric: str, wanted: float) -> dict[str, Leaderboard]:
     """Leaderboards by title, one for each contract among the sweeps; the newest sweep when none is named."""
     site = Site.here()
-    folders = list(dict.fromkeys(site.find_sweep(name) for name in names or [None]))
+    folders = list(dict.fromkeys(map(site.find_sweep, names or [None])))
     by_contract: dict[str, list[Scored]] = {}
     for folder in folders:
         found = scored(site, folder, metric)

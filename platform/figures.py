@@ -420,14 +420,16 @@ def labelled(
         axes = figure.subplots()
         axes.set_ylim(*_limits([row for points in series.values() for _, row in points]))
         for name, points in series.items():
-            ordered = sorted((point for point in points if point[1].mean is not None), key=lambda point: point[0])
-            known = [(x, row.low, row.high) for x, row in ordered if row.low is not None and row.high is not None]
+            drawn = [(x, row.mean, row.low, row.high) for x, row in points if row.mean is not None]
+            ordered = sorted(drawn, key=lambda point: point[0])
+            known = [(x, low, high) for x, _, low, high in ordered if low is not None and high is not None]
             if known:
                 x, low, high = zip(*known, strict=True)
                 axes.fill_between(x, low, high, color=paint[name], alpha=0.16, linewidth=0)
-            dash: Any = (0, (4, 3)) if name == control else "solid"
-            axes.plot([x for x, _ in ordered], [row.mean for _, row in ordered], marker="o", markersize=4.5, color=paint[name],
-                      linestyle=dash, linewidth=1.6, label=_short(name))  # fmt: skip
+            look: Any = {"linestyle": (0, (4, 3)) if name == control else "solid", "color": paint[name], "label": _short(name)}
+            axes.plot(
+                [x for x, *_ in ordered], [mean for _, mean, *_ in ordered], marker="o", markersize=4.5, linewidth=1.6, **look
+            )
         amounts = sorted({x for points in series.values() for x, _ in points})
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(amounts))

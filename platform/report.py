@@ -154,6 +154,8 @@ def _of_scores(evidence: Evidence) -> Iterator[Drawing]:
             "Boxes over test patients (median, quartiles, whiskers to 1.5 times their distance), each patient the mean over "
             "all runs of the arm. What is undefined or infinite is left out."
         )
+        order = [name for name in Store.open(evidence.sweep.store).classes if name in scores]
+        scores = {name: scores[name] for name in (*order, *sorted(scores.keys() - set(order)))}
         drawn = figures.classes(scores, evidence.arms, board.control, evidence.metric)
         yield Drawing("classes", "Per class", caption, drawn)
     yield _labelled(evidence, board)
@@ -249,10 +251,10 @@ def _of_training(evidence: Evidence) -> Iterator[Drawing]:
             stages = [stage for stage in chain.stages if stage.kind == kind]
             told += [Curve(chain.arm, kind, history.read(evidence.site.stage(stage.id))) for stage in stages]
         told = [curve for curve in told if curve.rows]
-        names = _ordered({name for curve in told for row in curve.rows for name in row})
+        names = _ordered(_moving(told))
         title = f"Curves of {what}"
         if not names:
-            yield Drawing(f"curves-{kind}", title, "", why=f"no {what} has left scalars")
+            yield Drawing(f"curves-{kind}", title, "", why=f"no {what} has left scalars that move")
             continue
         caption = f"A line per stage, {len(told)} in all, as it reported while it trained."
         drawn = figures.curves(told, names, evidence.arms, evidence.sweep.control)
@@ -266,6 +268,17 @@ def _of_training(evidence: Evidence) -> Iterator[Drawing]:
         yield Drawing("realised-iou", title, caption, figures.realised(histograms))
     else:
         yield Drawing("realised-iou", title, "", why="no pretraining has left pairs to count")
+
+
+def _moving(curves: Sequence[Curve]) -> set[str]:
+    """The scalars that are not one and the same number throughout."""
+    values: dict[str, set[float]] = {}
+    for curve in curves:
+        for row in curve.rows:
+            for name, value in row.items():
+                if not math.isnan(value):
+                    values.setdefault(name, set()).add(value)
+    return {name for name, seen in values.items() if len(seen) > 1}
 
 
 def _ordered(names: set[str]) -> list[str]:
@@ -428,7 +441,7 @@ def _missing(evidence: Evidence) -> str:
     if not left:
         return ""
     kinds = [words.count(sum(stage.kind == kind for stage in left), what) for kind, what in KINDS.items()]
-    by_arm = {}
+    by_arm: dict[str, int] = {}
     for chain in evidence.chains:
         absent = sum(stage.id not in evidence.done for stage in chain.stages)
         by_arm[chain.arm] = by_arm.get(chain.arm, 0) + absent

@@ -158,10 +158,8 @@ def test_figures_are_written_as_png_and_svg_and_come_out_equal(written, here, tm
         assert (figures / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (figures / f"{name}.svg").read_bytes()[:600]
     again = tmp_path / "report.html"
-    report.write(here.folder.name, again, tmp_path / "figures", "dice", 0.01, say=lambda text: None)
-    assert again.read_bytes() == written[0].read_bytes()
-    for file in figures.iterdir():
-        assert file.read_bytes() == (tmp_path / "figures" / file.name).read_bytes(), file.name
+    report.write(here.folder.name, again, None, "dice", 0.01, say=lambda text: None)
+    assert again.read_bytes() == written[0].read_bytes(), "all of its figures lie in it"
 
 
 def test_what_a_figure_lacks_is_said(written):
@@ -218,6 +216,29 @@ def test_a_browser_opens_it_offline_and_photographs_it(written, tmp_path):
     dark = (picture.mean(-1) < 0.5).mean(1)  # by line: text and figures from top to bottom, on a white page
     assert picture.mean() > 0.8
     assert all((part > 0).any() for part in np.array_split(dark, 8))
+
+
+@pytest.mark.parametrize(
+    ("labels", "name"),
+    [
+        (["simsiam, 4 labelled", "simsiam, 16 labelled"], "simsiam"),
+        (["from scratch 1", "from scratch 2"], "from scratch"),
+        (["4 labelled patients: byol", "all labelled patients: byol"], "byol"),
+        (["4", "8"], "4"),
+    ],
+)
+def test_a_series_is_called_by_what_its_labels_share(labels, name):
+    assert report._common(labels) == name
+
+
+def test_arms_that_vary_their_labelled_patients_give_a_curve(here, tmp_path):
+    arms = {f"{start} {n}": settings | {"data.labelled": n} for n in (1, 2)
+            for start, settings in (("from scratch", {"pretrain": None}), ("pretrained", {"pretrain.iou": (0.3, 0.6)}))}  # fmt: skip
+    arms = {"from scratch": {"pretrain": None}} | arms
+    few = computed("few", arms, 1, 1)
+    report.write(few.folder.name, tmp_path / "few.html", tmp_path, "dice", 0.01, say=lambda text: None)
+    assert (tmp_path / "labelled.svg").exists()
+    assert "A line per initialisation" in (tmp_path / "few.html").read_text()
 
 
 # --- several sweeps ---
