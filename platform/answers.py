@@ -112,7 +112,7 @@ def merged(sweeps: Sequence[Scored]) -> tuple[list[Run], str, list[str]]:
 def boards(names: Sequence[str], metric: str, wanted: float) -> dict[str, Leaderboard]:
     """Leaderboards by title, one for each contract among the sweeps; the newest sweep when none is named."""
     site = Site.here()
-    folders = list(dict.fromkeys(map(site.find_sweep, names or [None])))
+    folders = dict.fromkeys([site.find_sweep(name) for name in names] or [site.find_sweep(None)])
     by_contract: dict[str, list[Scored]] = {}
     for folder in folders:
         found = scored(site, folder, metric)
@@ -131,7 +131,7 @@ def answer(names: Sequence[str], output: str, metric: str, wanted: float = 0.01,
     if output not in render.FORMATS:
         raise UsageError(f'no leaderboard format "{output}"; {find.nearest(output, render.FORMATS)}')
     ranked = boards(names, metric, wanted)
-    if len(names) < 2:
+    if len(set(names)) < 2:
         folder = Site.here().find_sweep(names[0] if names else None)
         (board,) = ranked.values()
         for kind in ("md", "csv", "json"):

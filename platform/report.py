@@ -320,15 +320,15 @@ def _cases(evidence: Evidence, say: Say) -> Iterator[Drawing]:
         role = "control" if arm == board.control else "leading arm"
         which = f"The {role} {arm}, its median run {stage} (test {evidence.metric} {score:.3f})"
         try:
-            yield from _drawn(stage, role, which)
+            yield from _drawn(stage, evidence.metric, role, which)
         except (RunError, UsageError, FileNotFoundError) as error:
             yield Drawing(f"cases-{role.split()[0]}", f"Cases of the {role}", "", why=str(error))
 
 
-def _drawn(stage: str, role: str, which: str) -> Iterator[Drawing]:
+def _drawn(stage: str, metric: str, role: str, which: str) -> Iterator[Drawing]:
     from medssl.platform import evaluate, single
 
-    for end, volume, score, predicted in single.cases(stage):
+    for end, volume, score, predicted in single.cases(stage, metric):
         name, title = f"{end}-case-{role.split()[0]}", f"{end.capitalize()} case of the {role}"
         caption = f"{which}: its {end} test volume, {volume.volume}, scores {score:.3f}. Reference solid, prediction dashed."
         yield Drawing(name, title, caption, evaluate.outlined(volume, predicted), raster=True)

@@ -141,14 +141,18 @@ def pictures(name: str, out: Path) -> list[Path]:
     return written
 
 
-def cases(name: str) -> Iterator[tuple[str, Volume, float, Tensor]]:
-    """The worst and the best test volume of a fine-tuning: which of them, the volume, its score, and what is predicted."""
+def cases(name: str, metric: str | None = None) -> Iterator[tuple[str, Volume, float, Tensor]]:
+    """The worst and the best test volume of a fine-tuning: which of them, the volume, its score, and what is predicted.
+
+    metric   to tell them by; None: the one that the fine-tuning was selected by
+    """
     folder, experiment, store = _finetuned(name)
-    model, metric = _trained(folder, experiment, store), experiment.evaluate.metric
+    model, metric = _trained(folder, experiment, store), metric or experiment.evaluate.metric
     rows = [row for row in ledger.scores(folder.parents[1], folder.name) if row.part == "test" and row.metric == metric]
     patients = {row.volume: row.patient for row in rows}
     means = {volume: metrics.aggregate([row for row in rows if row.volume == volume]).mean[metric] for volume in patients}
-    ranked = sorted((volume for volume in means if not math.isnan(means[volume])), key=lambda volume: means[volume])
+    sign = -1 if metric.endswith("_mm") else 1  # distances are better when smaller
+    ranked = sorted((volume for volume in means if not math.isnan(means[volume])), key=lambda volume: sign * means[volume])
     if not ranked:
         raise RunError(f"{folder.name}: no test volume has a {metric}; there is nothing to draw")
     for which, volume in (("worst", ranked[0]), ("best", ranked[-1])):

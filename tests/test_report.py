@@ -232,8 +232,8 @@ def test_a_series_is_called_by_what_its_labels_share(labels, name):
 
 
 def test_arms_that_vary_their_labelled_patients_give_a_curve(here, tmp_path):
-    arms = {f"{start} {n}": settings | {"data.labelled": n} for n in (1, 2)
-            for start, settings in (("from scratch", {"pretrain": None}), ("pretrained", {"pretrain.iou": (0.3, 0.6)}))}  # fmt: skip
+    starts = {"from scratch": {"pretrain": None}, "pretrained": {"pretrain.iou": (0.3, 0.6)}}
+    arms = {f"{name} {n}": settings | {"data.labelled": n} for n in (1, 2) for name, settings in starts.items()}
     arms = {"from scratch": {"pretrain": None}} | arms
     few = computed("few", arms, 1, 1)
     report.write(few.folder.name, tmp_path / "few.html", tmp_path, "dice", 0.01, say=lambda text: None)
