@@ -18,6 +18,8 @@ from medssl.platform.datasets import phantom
 from medssl.platform.errors import UsageError
 from medssl.platform.site import Site
 
+pytestmark = pytest.mark.slow  # for the sweep that all of them look at
+
 SCRIPT, ODD = "<script>alert(1)</script>", '$\\frac{a}$ & "b" | `c`'
 ARMS = {
     "from scratch": {"pretrain": None},
@@ -162,6 +164,19 @@ def test_figures_are_written_as_png_and_svg_and_come_out_equal(written, here, tm
     assert again.read_bytes() == written[0].read_bytes(), "all of its figures lie in it"
 
 
+@pytest.mark.parametrize(("metric", "sign"), [("dice", 1), ("hd95_mm", -1)])
+def test_the_worst_case_is_the_one_with_the_worst_score(here, metric, sign):
+    from medssl.platform import ledger, single
+
+    stage = here.chains()[0].finetunings[0].id
+    rows = [row for row in ledger.scores(Site.here().runs, stage) if (row.part, row.metric) == ("test", metric)]
+    volumes = {row.volume for row in rows}
+    by_volume = [np.mean([r.value for r in rows if r.volume == v and math.isfinite(r.value)] or [math.nan]) for v in volumes]
+    worst, best = [score for _, _, score, _ in single.cases(stage, metric)]
+    assert sorted([sign * worst, sign * best]) == [sign * worst, sign * best]
+    assert sorted([worst, best]) == pytest.approx([np.nanmin(by_volume), np.nanmax(by_volume)])
+
+
 def test_what_a_figure_lacks_is_said(written):
     text = Page(written[0].read_text()).text
     assert "Left out: no arm varies the number of labelled patients (data.labelled)." in text
@@ -196,7 +211,6 @@ def test_an_unknown_sweep_or_metric_is_refused(here, tmp_path):
         report.write(here.folder.name, tmp_path / "x.html", None, "dize", 0.01, say=print)
 
 
-@pytest.mark.slow
 def test_a_browser_opens_it_offline_and_photographs_it(written, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
