@@ -150,13 +150,15 @@ def pretrain(
     data: DataName = "phantom",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
     spatial_dims: Dims = None,
+    index: Annotated[int, typer.Option(min=0, help="Which of the k pretrainings of a sweep's arm.")] = 0,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
     """Pretrain one encoder, fresh or from given weights."""
     from medssl.platform import single
 
-    typer.echo(single.pretrain(method, start, data, seed, files or [], _dimensioned(overrides, spatial_dims), say=_aside))
+    options = _dimensioned(overrides, spatial_dims)
+    typer.echo(single.pretrain(method, start, data, seed, files or [], options, say=_aside, index=index))
 
 
 @app.command()
@@ -165,13 +167,16 @@ def finetune(
     data: DataName = "phantom",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
     spatial_dims: Dims = None,
+    index: Annotated[int, typer.Option(min=0, help="Which of the k pretrainings of a sweep's arm.")] = 0,
+    number: Annotated[int, typer.Option(min=0, help="Which fine-tuning of that pretraining.")] = 0,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a segmentation network, from given weights or from scratch, and score it on the test patients."""
     from medssl.platform import single
 
-    typer.echo(single.finetune(start, data, seed, files or [], _dimensioned(overrides, spatial_dims), say=_aside))
+    given = (start, data, seed, files or [], _dimensioned(overrides, spatial_dims))
+    typer.echo(single.finetune(*given, say=_aside, index=index, number=number))
 
 
 @app.command()
@@ -253,8 +258,9 @@ def stop(name: Annotated[str | None, typer.Argument(help="A sweep; default: the 
 
 @app.command()
 def leaderboard(
-    name: Annotated[str | None, typer.Argument(help="A sweep; default: the newest.")] = None,
-    output: Annotated[str, typer.Option("--format", help="table, paper, md, csv or json.")] = "table",
+    names: Annotated[list[str] | None, typer.Argument(help="Sweeps; default: the newest.")] = None,
+    output: Annotated[str, typer.Option("--format", help="table, paper, md, csv, json or html.")] = "table",
+    sort: Annotated[str, typer.Option(help="mean, arm, or difference to the control, largest first.")] = "mean",
     metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
     wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
 ) -> None:
@@ -263,9 +269,24 @@ def leaderboard(
     The unit of evidence is the pretraining: with k pretrainings against k, the smallest p an exact test can give is
     1/3 for k=2, 1/10 for k=3, 1/35 for k=4 and 1/126 for k=5.
     """
-    from medssl.platform import sweep as sweeps
+    from medssl.platform import answers
 
-    typer.echo(sweeps.leaderboard(name, output, metric, wanted))
+    typer.echo(answers.answer(names or [], output, metric, wanted, sort))
+
+
+@app.command()
+def report(
+    name: Annotated[str | None, typer.Argument(help="A sweep; default: the newest.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file; default: report.html in the sweep's folder.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for every figure as PNG and SVG.")] = None,
+    metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
+    wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
+) -> None:
+    """One HTML file with the answer of a sweep, finished or not: verdict, figures, and how to reproduce every number."""
+    from medssl.platform import report as reports
+
+    for path in reports.write(name, out, figures, metric, wanted, say=_aside):
+        typer.echo(str(path))
 
 
 @app.command()

@@ -420,23 +420,6 @@ def _seconds(text: str | None) -> float | None:
 
 def leaderboard(name: str | None, output: str, metric: str, wanted: float = 0.01) -> str:
     """The answer of a sweep as it stands, in one of the formats; also written into its folder."""
-    from medssl.platform import leaderboard as board
-    from medssl.platform.records import Run
+    from medssl.platform import answers
 
-    site = Site.here()
-    sweep = Sweep.open(site.find_sweep(name))
-    owners = {
-        stage.id: (chain.arm, chain.index, number) for chain in sweep.chains() for number, stage in enumerate(chain.finetunings)
-    }
-    scored = [stage for stage in owners if ledger.holds(site.runs, stage)]
-    if not scored:
-        raise RunError(f"{sweep.folder.name}: no fine-tuning has finished yet")
-    table = ledger.read(site.runs, scored)
-    by_patient = ledger.by_patient(table, metric, "test")
-    if not by_patient:
-        raise UsageError(f'no metric "{metric}"; {find.nearest(metric, table["metric"].unique().to_pylist())}')
-    runs = [Run(*owner, by_patient.get(stage, {})) for stage, owner in owners.items()]  # empty: not finished, and counted
-    ranked = board.rank(runs, sweep.control, metric=metric, wanted=wanted, compare=sweep.compare)
-    for kind in ("md", "csv", "json"):
-        atomic.write_text(sweep.folder / f"leaderboard.{kind}", board.render(ranked, kind))
-    return board.render(ranked, output)
+    return answers.answer([name] if name else [], output, metric, wanted)

@@ -140,6 +140,8 @@ WRONG = {
     "a time without a unit": (("sweep", "iou-interval", "--time-budget", "10"), "30m"),
     "a run that is not there": (("evaluate", "segment-123"), "no run"),
     "a sweep that is not there": (("leaderboard",), "no sweep yet"),
+    "a report of a sweep that is not there": (("report",), "no sweep yet"),
+    "an unknown format": (("leaderboard", "--format", "htm"), "did you mean html?"),
     "an unknown command": (("sweeep",), "No such command"),
     "a preset's unknown key": (("data", "prepare", ".", "-o", "spacing=1"), "dataset.json|did you mean"),
 }

@@ -13,8 +13,9 @@ import pytest
 
 from medssl.platform import statistics
 from medssl.platform.errors import RunError, UsageError
-from medssl.platform.leaderboard import Leaderboard, rank, render
+from medssl.platform.leaderboard import Leaderboard, ordered, rank
 from medssl.platform.records import Run
+from medssl.platform.render import render
 
 # The 24 published scores of the IoU study: 2 pretrainings x 2 fine-tunings, its printed mean and population deviation
 STUDY = {
@@ -338,6 +339,28 @@ def test_contract_and_verdict_are_printed(board):
 def test_unknown_format_is_refused(board):
     with pytest.raises(UsageError, match="did you mean json"):
         render(board, "jsn")
+
+
+def test_html_is_a_page_that_sorts_and_escapes(board):
+    runs = [*simulated(2, k=2, m=1), Run("<b>&", 0, 0, {f"p{n}": 0.5 for n in range(10)})]
+    text = render(rank(runs, "a0", metric="dice"), "html")
+    assert "<b>&" not in text
+    assert "&lt;b&gt;&amp;" in text
+    assert 'class="sortable"' in text
+    text = render(board, "html")
+    for row in board.rows:
+        assert f'data-value="{row.mean!r}"' in text, "columns sort by the number and not by what is shown"
+
+
+def test_rows_come_in_the_order_asked_for(board):
+    by_name = [row.arm for row in ordered(board, "arm").rows]
+    assert by_name == sorted(by_name)
+    far = [row.difference for row in ordered(board, "difference").rows]
+    assert far[-1] is None
+    assert [abs(gap) for gap in far[:-1]] == sorted((abs(gap) for gap in far[:-1]), reverse=True)
+    assert ordered(board, "mean") == board
+    with pytest.raises(UsageError, match="did you mean mean"):
+        ordered(board, "meen")
 
 
 def test_200_arms_are_ranked_in_two_seconds():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from medssl.platform import catalogue, sweep
+from medssl.platform import catalogue, history, sweep
 from medssl.platform.datasets import phantom
 from medssl.platform.errors import UsageError
 from medssl.platform.site import Site
@@ -156,6 +156,9 @@ def test_a_driver_killed_in_a_pretraining_loses_nothing_and_repeats_nothing(here
     for folder in interrupted:
         steps = [json.loads(line)["step"] for line in (folder / "log.txt").read_text().splitlines()]
         assert steps[-1] == SMALL["pretrain"]["training"]["steps"]
+        kept = [row["step"] for row in history.read(folder)]
+        assert kept == sorted(set(kept)), "the history holds a step once, in order, whatever was repeated"
+        assert kept[-1] == steps[-1]
 
 
 KILLS = 20
