@@ -32,6 +32,7 @@ class Training:
     accumulate: int = 1  # micro-batches per optimizer step
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     evaluations: int = 10  # evenly spaced looks at the validation patients; the best one is kept (fine-tuning only)
+    probes: int = 0  # evenly spaced looks at the frozen encoder, and one before the first step (pretraining only)
     stop_on_collapse: bool = True  # end a pretraining whose features have collapsed (see `platform/loop.py`)
 
     def __post_init__(self) -> None:
@@ -41,6 +42,8 @@ class Training:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"{name} is {value}: expected more than 0")
+        if self.probes < 0:
+            raise ValueError(f"probes is {self.probes}: expected at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}: expected 0 <= beta < 1")
         if self.end_weight_decay is not None and self.end_weight_decay < 0:
