@@ -18,7 +18,9 @@ batch of all workers.
 
 Differences from the paper: images are slices, the two views are crops whose IoU lies in `iou` with the chain of a study on
 abdominal CT, the encoder is that of a segmentation network. AdamW replaces LARS (sec. 4.2), so the learning rate is not the
-paper's, nor are the batch of 2048 and the 1000 epochs.
+paper's, nor are the batch of 2048 and the 1000 epochs. The paper's own is `optimizer=lars` with `lr` 0.2 · batch / 256; at
+batches this small it moves a weight by some 1e-4 of its length per step: on the phantom (batch 64, width 8, d 512, one seed)
+500 steps took the loss from 39.0 to 38.4.
 Transfers: the encoder. The expander is dropped.
 """
 
