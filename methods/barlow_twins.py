@@ -16,8 +16,8 @@ Differences from the paper: images are slices, the two views are crops whose IoU
 abdominal CT, the encoder is that of a segmentation network. AdamW replaces LARS (sec. 2.2), so the learning rate is not the
 paper's, nor are the batch of 2048 and the 1000 epochs. The paper's own is `optimizer=lars`, `lr` 0.2 · batch / 256 and
 `bias_lr` 0.024. On the phantom (batch 64, width 8, d 512, one seed) the loss fell from 541 to 307 in 1200 steps of LARS and to
-300 of AdamW, but the features' effective rank ended at 1.5 and 3.1; and of two shorter LARS runs one, of 500 steps, ended at a
-loss of 537, which nobody has explained. Hence the default.
+300 of AdamW, but the features' effective rank ended at 1.5 and 3.1; and of three shorter LARS runs one, of 500 steps, ended at
+a loss of 537, which nobody has explained. Hence the default.
 Transfers: the encoder. The projector is dropped.
 """
 
