@@ -33,6 +33,7 @@ class Training:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     evaluations: int = 10  # evenly spaced looks at the validation patients; the best one is kept (fine-tuning only)
     snapshots: tuple[int | float, ...] = ()  # also keep the encoder here: steps, or, below 1, fractions of them
+    probes: int = 0  # evenly spaced looks at the frozen encoder, and one before the first step (pretraining only)
     stop_on_collapse: bool = True  # end a pretraining whose features have collapsed (see `platform/loop.py`)
 
     def __post_init__(self) -> None:
@@ -44,6 +45,8 @@ class Training:
                 raise ValueError(f"{name} is {value}: expected more than 0")
         if any(place <= 0 or (place > 1 and place != int(place)) for place in self.snapshots):
             raise ValueError(f"snapshots are {self.snapshots}: expected whole steps from 1, or fractions between 0 and 1")
+        if self.probes < 0:
+            raise ValueError(f"probes is {self.probes}: expected at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}: expected 0 <= beta < 1")
         if self.end_weight_decay is not None and self.end_weight_decay < 0:

@@ -35,6 +35,10 @@ class Origin:
     run: str | None  # the pretraining's id
 
 
+PROBED = 4  # labelled training patients whom a probe learns from, however many fine-tuning may use (`platform/probe.py`)
+ASKED = 16  # validation patients whom it is asked about
+
+
 @dataclass(frozen=True)
 class Stage:
     """One thing that runs from start to end, in a folder named after its content."""
@@ -98,6 +102,7 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
             pretrain = _with(pretrain, side=disjoint_side(sizes))
         if getattr(pretrain.settings, "iou", None) and pretrain.settings.unreachable == "error":
             _refuse_unreachable(pretrain.settings, sizes)
+    _refuse_probes(experiment, store, split)
     network = experiment.network
     if getattr(network.settings, "levels", 0) is None:  # from the data alone: arms with and without pretraining share it
         network = _with(network, levels=min(5, disjoint_side(sizes).bit_length() - 2))
@@ -179,6 +184,11 @@ def labelled_slices(experiment: Experiment, store: Store, split: Split) -> tuple
     return tuple(every[name] for name in drawn(every, 0, "slices")[:wanted])
 
 
+def probed_patients(split: Split) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The training and the validation patients whom probes of a pretraining see: all arms and label budgets share it."""
+    return split.labelled[:PROBED], split.val[:: -(-len(split.val) // ASKED)]
+
+
 def _sizes(volumes: Iterable[VolumeRecord], dims: int) -> set[Size]:
     return {(volume.height, volume.width, volume.slices)[:dims] for volume in volumes}
 
@@ -218,6 +228,27 @@ def cube_side(sizes: set[Size]) -> int:
 
 def _called(size: Size) -> str:
     return "slice" if len(size) == 2 else "volume"
+
+
+def _refuse_probes(experiment: Experiment, store: Store, split: Split) -> None:
+    tuned = experiment.finetune.training
+    if tuned and tuned.probes:
+        raise UsageError("finetune.training.probes: only a pretraining is probed; see finetune.training.evaluations")
+    if not _probes(experiment):
+        return
+    annotated = {volume.patient for volume in store.volumes if volume.labelled}
+    if not split.labelled or not annotated & set(split.val):
+        raise UsageError(
+            f"pretrain.training.probes needs labelled training and validation patients; split {split.name} has "
+            f"{len(split.labelled)} and {len(annotated & set(split.val))}; set it to 0, or label some"
+        )
+    if experiment.spatial_dims != 2:
+        raise UsageError("pretrain.training.probes needs slices: set it to 0 where network.spatial_dims is 3")
+
+
+def _probes(experiment: Experiment) -> int:
+    """How often the pretraining is probed."""
+    return experiment.pretrain.training.probes if experiment.pretrain and experiment.pretrain.training else 0
 
 
 def _refuse_unreachable(crops: Any, sizes: set[Size]) -> None:
@@ -274,6 +305,7 @@ def chain(arm: str, index: int, finetunings: int, experiment: Experiment, store:
             experiment.tree()["pretrain"],
             encoder_seed,
             *_given(experiment.start, found),
+            *(probed_patients(split) if _probes(experiment) else []),
         ]
         identity = f"{experiment.pretrain.name}-{digest(what)}"
         pretraining = Stage("pretrain", identity, encoder_seed, _steps(experiment.pretrain), found.run if found else None)

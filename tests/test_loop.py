@@ -1,5 +1,6 @@
 """The loop's laws: stopping is not noticed, a broken loss is named, a collapse ends, and what it costs is counted."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -254,7 +255,7 @@ def test_looks_come_before_the_save_of_their_step_and_in_eval_mode() -> None:
     events: list[tuple[str, int, bool]] = []
     method = line()
     loop.train(
-        method, batches, dataclasses.replace(PLAIN, evaluations=3), steps=10, seed=0, save_seconds=0,
+        method, batches, PLAIN, steps=10, seed=0, save_seconds=0, looks=loop.evenly(10, 3),
         look=lambda step: events.append(("look", step, method.training)),
         save=lambda state: events.append(("save", state["step"], method.training)),
     )  # fmt: skip
@@ -263,6 +264,21 @@ def test_looks_come_before_the_save_of_their_step_and_in_eval_mode() -> None:
     for look in looks:
         assert events[events.index(look) + 1] == ("save", look[1], True)
     assert all(method.modes)
+
+
+def test_a_look_before_the_first_step_and_one_at_the_end_of_a_collapse_are_not_forgotten() -> None:
+    def looked(method: Any, steps: int, looks: set[int], resume: Any = None, save: Any = lambda state: None) -> list[int]:
+        seen: list[int] = []
+        loop.train(method, batches, PLAIN, steps=steps, seed=0, looks=looks, look=seen.append, resume=resume, save=save)
+        return seen
+
+    assert looked(line(), 4, {0, 2, 4}) == [0, 2, 4]
+    assert looked(line(), 4, set()) == []
+    assert looked(collapsing(260), 400, {0, 100, 400}) == [0, 100, 280]
+    states: list[Any] = []
+    looked(line(), 4, {0}, save=lambda state: states.append(copy.deepcopy(state)))
+    begun = states[-1] | {"step": 2, "outcome": states[-1]["outcome"] | {"step": 2, "status": "training"}}
+    assert looked(line(), 4, {0, 4}, resume=begun) == [4]
 
 
 def test_batches_that_end_early_are_an_error() -> None:

@@ -47,7 +47,6 @@ DEFAULTS = {
     "pretrain.queue": 512,
     "pretrain.training.steps": 120,
     "pretrain.training.batch": 32,
-    "pretrain.training.lr": 0.05,
     "finetune.side": 48,
     "finetune.crops": 1,
     "finetune.dice_over": "batch",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from medssl.methods import byol as module
 from medssl.methods.byol import BYOL, Config, distance
 from medssl.methods.gather import JointBatchNorm
 from medssl.methods.networks.unet import Config as UNetConfig
@@ -144,6 +145,11 @@ def test_heads_have_the_size_of_the_paper():
     byol = BYOL(Flat(2048), Config())
     sizes = [sum(p.numel() for p in head.parameters()) for head in (byol.projector, byol.predictor)]
     assert sizes == [2048 * 4096 + 2 * 4096 + 4096 * 256, 256 * 4096 + 2 * 4096 + 4096 * 256]
+
+
+def test_training_is_that_of_the_paper_at_its_rate_per_slice():
+    training = module.Training()
+    assert (training.optimizer, training.lr, training.weight_decay) == ("lars", 0.2 * training.batch / 256, 1.5e-6)
 
 
 def test_what_transfers_is_the_student():
