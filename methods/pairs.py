@@ -51,7 +51,12 @@ def feature(maps: Sequence[Tensor]) -> Tensor:
 
 def health(features: Tensor, z: Tensor, step: Step) -> dict[str, Tensor]:
     """Monitors of features (n, f) before the head and of what it ends in, z (m, d), which no BatchNorm may have made."""
-    watched = {"collapse": monitors.collapse(z), "feature_spread": monitors.spread(features)}
+    return {"collapse": monitors.collapse(z), **feature_health(features, step)}
+
+
+def feature_health(features: Tensor, step: Step) -> dict[str, Tensor]:
+    """Monitors of features (n, f) alone, for a method whose loss compares no slices: their spread and effective rank."""
+    watched = {"feature_spread": monitors.spread(features)}
     if features.device.type == "cpu" or (step.total - step.index) % 10 == 1:  # it waits for the device; also at the end
         watched["effective_rank"] = monitors.effective_rank(features)
     return watched
