@@ -201,7 +201,7 @@ class Centre(nn.Module):
         self.seen.zero_()
 
 
-def feature(encoder: nn.Module, x: Tensor) -> Tensor:
+def feature(encoder: Any, x: Tensor) -> Tensor:
     """y of images x, (n, features): the class token of an encoder that has `tokens`, else the mean over its coarsest map."""
     if hasattr(encoder, "tokens"):
         token: Tensor = encoder.tokens(x)[0]
