@@ -16,7 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.methods import dino
-from medssl.methods.dino import DINO, Centre, Config, Head, Prototypes, cross_entropy, local_side, mean_over_pairs, warmed
+from medssl.methods.dino import (
+    DINO,
+    Centre,
+    Config,
+    Head,
+    Prototypes,
+    cross_entropy,
+    local_side,
+    mean_over_pairs,
+    signs,
+    warmed,
+)
 from medssl.methods.networks import unet, unetr
 from medssl.methods.optimizers import build, hold
 from medssl.methods.protocol import Step, Views
@@ -143,10 +154,15 @@ def test_signs_of_collapse_are_those_of_the_two_ways_to_collapse():
     assert float(subject.loss(views, STEP).monitors["mean_target_entropy"]) == pytest.approx(0, abs=1e-4)
 
 
-def test_the_index_is_one_when_every_slice_has_one_feature():
-    subject, views = method(), drawn()
-    one = Views([x[:1].expand_as(x) for x in views.images])
-    assert float(subject.loss(one, STEP).monitors["collapse"]) == pytest.approx(1, abs=1e-3)
+def test_the_index_is_0_for_targets_apart_1_for_uniform_or_equal_ones_and_between_by_what_they_tell():
+    apart, equal, uniform = torch.eye(8), torch.eye(8)[:1].expand(8, 8), torch.full((8, 8), 1 / 8)
+    halves = torch.eye(8)[[0, 0, 0, 0, 5, 5, 5, 5]]  # one bit of three
+    values = [float(signs(targets)["collapse"]) for targets in (apart, equal, uniform, halves)]
+    assert values == pytest.approx([0, 1, 1, 2 / 3], abs=1e-6)
+    subject = moved(method())
+    one = Views([x[:1].expand(4, -1, -1, -1) for x in [drawn().images[0]] * 2])
+    assert float(subject.loss(one, STEP).monitors["collapse"]) == pytest.approx(1, abs=1e-5)
+    assert float(subject.loss(drawn(), STEP).monitors["collapse"]) < 0.97
 
 
 # ------------------------------------------------------------------------------------------------------ teacher and centre
