@@ -187,8 +187,8 @@ SOLID = [name for name in NETWORKS if "spatial_dims" in {f.name for f in datacla
 
 
 def solid_method(name: str) -> Any:
-    """A method around the 3D U-Net."""
-    module, net = find.load("method", name), network(spatial_dims=3)
+    """A method around the 3D U-Net, or the network that it declares."""
+    module, net = find.load("method", name), network(network_of(name), spatial_dims=3)
     return module.METHOD(net.encoder if wants(name) == "encoder" else net, shrunk(module.Config))
 
 
