@@ -21,6 +21,7 @@ from medssl.platform import find
 
 METHODS, NETWORKS = find.names("method"), find.names("network")
 SMALL = {"side": 16, "width": 8, "levels": 3, "d": 16, "hidden": 16, "bottleneck": 8}  # where a Config has such a field
+SMALL |= {"patch": 8, "depth": 4, "heads": 2}
 CLASSES = 3
 SOURCE = re.compile(r"https?://(arxiv\.org/abs/\d{4}\.\d{4,5}|doi\.org/10\.\d{4,}/\S+|\S+\.\S+/\S+)")
 
