@@ -5,8 +5,8 @@ torchvision's parameter names, so that its weights fit. Decoder: that of segment
 (https://github.com/qubvel-org/segmentation_models.pytorch), which the study of BYOL on ACDC (https://arxiv.org/abs/2209.00314)
 fine-tunes. In two or three dimensions. With w = `width` and e = 1 (18 and 34 layers) or 4 (50 layers):
 
-    encoder   7x7 convolution of stride 2 to w channels; max-pooling and four stages of residual blocks of w, 2w, 4w, 8w channels
-              inside and e times as many outside; maps of w, ew, 2ew, 4ew, 8ew channels at 1/2, 1/4, 1/8, 1/16, 1/32
+    encoder   7x7 convolution of stride 2 to w channels; max-pooling and four stages of residual blocks of w, 2w, 4w, 8w
+              channels inside and e times as many outside; maps of w, ew, 2ew, 4ew, 8ew channels at 1/2, 1/4, 1/8, 1/16, 1/32
     decoder   five times: nearest up-sampling by 2, concatenation with the encoder's map of that resolution (none at full
               resolution), two 3x3 convolutions, each with batch norm and rectifier; 4w, 2w, w, w/2, w/4 channels
     head      3x3 convolution to k logits
