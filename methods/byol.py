@@ -22,7 +22,7 @@ late average of it, and equal to it at the limit. Projector, predictor and teach
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -51,7 +51,7 @@ class Config(settings.PairCrops, settings.Chain):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(settings.Training):
-    optimizer: Literal["sgd", "adamw"] = "adamw"  # the paper: LARS
+    optimizer: settings.Optimizer = "adamw"  # the paper: LARS
     lr: float = 3e-4
     weight_decay: float = 1.5e-6
     warmup: float = 0.01  # 10 of 1000 epochs

@@ -27,7 +27,7 @@ Transfers: the student's encoder, the query encoder that the paper transfers. He
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class Config(settings.PairCrops, settings.Chain):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(settings.Training):
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: settings.Optimizer = "sgd"
     lr: float = 0.03  # at batch 256
     momentum: float = 0.9
     weight_decay: float = 1e-4

@@ -84,7 +84,7 @@ class Method(Protocol):
         """What follows the optimizer: teachers, centres, queues."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups: `params`, their `weight_decay`, and `fixed_lr=True` where the schedule does not apply."""
+        """Optimizer groups: `params`, their `weight_decay`, and the keys that `optimizers.py` lists where they differ."""
 
     def transferable_state(self) -> dict[str, Tensor]:
         """What fine-tuning receives: keys and shapes of the network's encoder (an explicit choice of the method)."""

@@ -10,6 +10,10 @@ https://arxiv.org/abs/1606.04797, in the form of MONAI's DiceCELoss (softmax, ba
 Pixels that nobody annotated take part in neither term. Semi-supervised methods add their terms as hooks.
 Defaults are the fine-tuning of the CT study (https://github.com/dittohed/exploring-ssl-for-ct): two crops per slice, half
 of them centred on foreground, a milder chain without zoom. Transfers: the whole network.
+
+While `freeze_encoder` lasts, the encoder's parameters do not change by a bit. Nothing else about it is switched off: dropout
+and drop path stay as in training, and batch norms inside it go on normalising by the batch while their running statistics
+follow the data, so that training and evaluation see one function; instance and group norms have none.
 """
 
 from collections.abc import Sequence
@@ -35,6 +39,8 @@ class Config(settings.Chain):
     dice_over: Literal["slice", "batch"] = (
         "slice"  # what Dice is taken over; "batch" (nnU-Net's choice in 2D) lets rare classes learn
     )
+    freeze_encoder: float = 0.0  # fraction of the steps, from the first, in which the encoder's weights stay as pretrained
+    encoder_lr: float = 1.0  # learning rate of the encoder, as a multiple of everything else's
     zoom_p: float = 0.0
     flip_p: float = 0.25
     rot90_p: float = 0.25
@@ -47,11 +53,15 @@ class Config(settings.Chain):
         super().__post_init__()
         if self.crops < 1 or (self.side is not None and self.side < 1):
             raise ValueError(f"crops is {self.crops} and side {self.side}: expected at least 1")
+        if not 0 <= self.freeze_encoder <= 1 or self.encoder_lr <= 0:
+            raise ValueError(
+                f"freeze_encoder is {self.freeze_encoder}, encoder_lr {self.encoder_lr}: expected 0 to 1, and more than 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training(settings.Training):
-    optimizer: Literal["sgd", "adamw"] = "adamw"
+    optimizer: settings.Optimizer = "adamw"
     lr: float = 1e-3
     end_lr: float = 5e-5
     warmup: float = 10 / 225
@@ -118,7 +128,15 @@ class Segment(nn.Module):
             hook.after_step(step)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return decay_groups(self, weight_decay)
+        """The encoder with its own rate and its time of rest, and everything else: decoder, head, what hooks train."""
+        encoder: nn.Module | None = getattr(self.network, "encoder", None)
+        scale, frozen = self.config.encoder_lr, self.config.freeze_encoder
+        if encoder is None:
+            if (scale, frozen) != (1, 0):
+                raise ValueError("segment: encoder_lr and freeze_encoder need a network with an `encoder`; this one has none")
+            return decay_groups(self, weight_decay)
+        own = decay_groups(encoder, weight_decay, lr_scale=scale, frozen=frozen)
+        return [*own, *decay_groups(self, weight_decay, without=encoder)]
 
     def transferable_state(self) -> dict[str, Tensor]:
         return self.network.state_dict()

@@ -8,6 +8,8 @@ method from its source, so that a plan can be checked without importing torch. T
 from dataclasses import dataclass
 from typing import Literal
 
+Optimizer = Literal["sgd", "lars", "adam", "adamw"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -16,13 +18,16 @@ class Training:
     steps: int | None = None  # optimizer steps; None: `epochs` times the slices, over the batch
     epochs: float = 100  # passes over the slices, used when `steps` is None
     batch: int = 128  # slices per step, over all workers together
-    optimizer: Literal["sgd", "adamw"] = "adamw"
+    optimizer: Optimizer = "adamw"  # "adam" adds its decay to the gradient (L2), "adamw" takes it off the weight
     lr: float = 1e-3  # peak learning rate; never scaled by the batch behind the user's back
     end_lr: float = 1e-6  # where the cosine ends
     warmup: float = 0.0  # fraction of the steps in which lr rises linearly from 0
     weight_decay: float = 1e-5  # on weights of two and more dimensions only
-    momentum: float = 0.9  # of sgd
-    betas: tuple[float, float] = (0.9, 0.999)  # of adamw
+    end_weight_decay: float | None = None  # where it goes, along a cosine over all steps; None: it stays
+    momentum: float = 0.9  # of sgd and lars
+    eta: float = 1e-3  # of lars: the trust coefficient
+    clip_lr: bool = False  # of lars: lr bounds a tensor's rate instead of multiplying it (see `lars.py`)
+    betas: tuple[float, float] = (0.9, 0.999)  # of adam and adamw
     clip: float | None = None  # largest gradient norm
     accumulate: int = 1  # micro-batches per optimizer step
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -32,11 +37,14 @@ class Training:
     def __post_init__(self) -> None:
         positive = {"steps": self.steps or 1, "batch": self.batch, "epochs": self.epochs, "lr": self.lr}
         positive |= {"accumulate": self.accumulate, "evaluations": self.evaluations, "clip": self.clip or 1}
+        positive |= {"eta": self.eta}
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"{name} is {value}: expected more than 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}: expected 0 <= beta < 1")
+        if self.end_weight_decay is not None and self.end_weight_decay < 0:
+            raise ValueError(f"end_weight_decay is {self.end_weight_decay}: expected at least 0, or null for a constant decay")
         if self.steps == 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0 or not 0 <= self.end_lr <= self.lr:
             raise ValueError("expected steps > 0, 0 <= warmup < 1, weight_decay >= 0 and 0 <= end_lr <= lr")
         if self.batch % self.accumulate:

@@ -18,7 +18,7 @@ Transfers: the encoder. Projector and predictor are dropped.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -42,7 +42,7 @@ class Config(settings.PairCrops, settings.Chain):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(settings.Training):
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: settings.Optimizer = "sgd"
     lr: float = 0.025  # at batch 128: the paper's 0.05 · batch / 256
     momentum: float = 0.9
     weight_decay: float = 1e-5  # of the CT study (paper: 1e-4)

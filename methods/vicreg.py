@@ -23,7 +23,7 @@ Transfers: the encoder. The expander is dropped.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -57,7 +57,7 @@ class Config(settings.PairCrops, settings.Chain):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(settings.Training):
-    optimizer: Literal["sgd", "adamw"] = "adamw"  # paper: LARS
+    optimizer: settings.Optimizer = "adamw"  # paper: LARS
     lr: float = 3e-4  # for AdamW at batch 128; not tuned
     weight_decay: float = 1e-6  # sec. 4.2
     warmup: float = 0.1  # 10 epochs, sec. 4.2

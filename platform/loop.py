@@ -99,10 +99,13 @@ def train(
         rng, step = _seeded(seed, rank, index, device), Step(index, steps)
         lr = optimizers.learning_rate(training, index, steps)
         optimizers.set_lr(optimizer, lr)
+        if training.end_weight_decay is not None:
+            optimizers.set_weight_decay(optimizer, optimizers.weight_decay(training, index, steps))
         optimizer.zero_grad()
         for loss in _losses(method, joint, training, batch, rng, step):
             scaler.scale(loss.total / training.accumulate).backward()
             watch.note(index, loss)
+        optimizers.hold(optimizer, step)
         if training.clip is not None:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(method.parameters(), training.clip)

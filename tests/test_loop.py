@@ -217,6 +217,39 @@ def test_reports_are_means_since_the_last_and_miss_no_step() -> None:
         assert loss == monitor == pytest.approx((before + step - 1) / 2)  # mean of before … step - 1
 
 
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_a_frozen_encoder_stays_bit_for_bit_until_its_time_and_its_gradients_are_not_clipped_with(norm: Any) -> None:
+    """Of the encoder only the running statistics of batch norms go on."""
+    torch.manual_seed(0)
+    net = unet.UNet(1, 3, unet.Config(width=4, levels=3, norm=norm))
+    method = segment.Segment(net, segment.Config(side=SIDE, crops=1, freeze_encoder=0.5))
+    kept = [p.detach().clone() for p in net.encoder.parameters()]
+    statistics = [b.clone() for b in net.encoder.buffers()]
+    same: list[bool] = []
+
+    def on_step(*_: Any) -> None:
+        same.append(all(torch.equal(p, old) for p, old in zip(net.encoder.parameters(), kept, strict=True)))
+        if len(same) <= 4:
+            assert all(p.grad is None for p in net.encoder.parameters())
+            rest = [p.grad for p in method.parameters() if p.grad is not None]
+            assert torch.nn.utils.get_total_norm(rest).item() == pytest.approx(1e-3, rel=1e-3)
+
+    training = segment.Training(batch=N, lr=0.01, warmup=0, weight_decay=0.1, clip=1e-3)
+    loop.train(method, batches, training, steps=8, seed=0, on_step=on_step, report_seconds=0)
+    assert same == [True] * 4 + [False] * 4
+    assert not any(torch.equal(b, old) for b, old in zip(net.encoder.buffers(), statistics, strict=True))
+
+
+def test_weight_decay_follows_its_schedule() -> None:
+    """Without a gradient but its own: w ← w (1 - lr λ_k)."""
+    method = line(lambda w, index, x: Loss({"l": w * 0}))
+    training = dataclasses.replace(PLAIN, weight_decay=0.5, end_weight_decay=0.1)
+    loop.train(method, batches, training, steps=8, seed=0)
+    expected = math.prod(1 - 0.1 * optimizers.weight_decay(training, k, 8) for k in range(8))
+    assert method.w.item() == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx((1 - 0.1 * 0.5) ** 8, rel=1e-2)
+
+
 def test_looks_come_before_the_save_of_their_step_and_in_eval_mode() -> None:
     events: list[tuple[str, int, bool]] = []
     method = line()

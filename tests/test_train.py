@@ -95,7 +95,8 @@ def build(name: str) -> Any:
     net = unet.UNet(1, 3, unet.Config(width=4, levels=3, norm="batch"))
     if name == "simsiam":
         return FixedSimSiam(net.encoder, simsiam.Config(d=16, bottleneck=8))
-    return FixedSegment(net) if name == "segment" else Contrast(net.encoder)
+    frozen = segment.Config(freeze_encoder=0.5)  # workers must agree on what they do not move
+    return FixedSegment(net, frozen) if name == "segment" else Contrast(net.encoder)
 
 
 def work(payload: dict[str, Any], rank: int, world: int, device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The learning rate is its closed form at every step, and each parameter is in the group that it belongs to."""
+"""Rate and decay are their closed forms at every step, and each parameter is in the group that it belongs to."""
 
 import math
 
@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from medssl.methods.optimizers import build, decay_groups, learning_rate, set_lr
+from medssl.methods.lars import LARS
+from medssl.methods.optimizers import build, decay_groups, hold, learning_rate, set_lr, set_weight_decay, weight_decay
+from medssl.methods.protocol import Step
 from medssl.methods.settings import Training
+
+OPTIMIZERS = ["sgd", "lars", "adam", "adamw"]
 
 
 class Toy(nn.Module):
@@ -61,7 +65,7 @@ def test_only_weights_of_two_and_more_dimensions_decay():
     assert (decays["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_scheduled_groups_follow_and_fixed_groups_keep_the_base_rate(name):
     optimizer = build(Toy(), Training(optimizer=name, lr=0.5))
     set_lr(optimizer, 0.125)
@@ -102,5 +106,89 @@ def test_fused_adamw_equals_the_plain_one():
 
 
 def test_unknown_optimizer_is_refused_by_name():
-    with pytest.raises(ValueError, match='optimizer "lion": expected sgd or adamw'):
+    with pytest.raises(ValueError, match='optimizer "lion": expected sgd, lars, adam or adamw'):
         build(Toy(), Training(optimizer="lion"))
+
+
+def test_weight_decay_stays_or_goes_to_its_end_along_a_cosine():
+    assert [weight_decay(Training(weight_decay=0.3), k, 10) for k in range(10)] == [0.3] * 10
+    rising = Training(weight_decay=0.04, end_weight_decay=0.4, warmup=0.2)
+    wanted = [0.4 - 0.18 * (1 + math.cos(math.pi * k / 10)) for k in range(11)]  # without a warm-up of its own
+    assert [weight_decay(rising, k, 10) for k in range(11)] == pytest.approx(wanted)
+    with pytest.raises(ValueError, match="end_weight_decay is -1"):
+        Training(end_weight_decay=-1)
+
+
+def test_scheduled_decay_reaches_what_decays_and_no_bias_or_scale():
+    optimizer = build(Toy(), Training(weight_decay=0.1))
+    set_weight_decay(optimizer, 0.25)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0, 0.25, 0]
+
+
+def test_a_groups_rate_is_its_multiple_of_the_scheduled_one_or_of_the_base():
+    toy = Toy()
+    toy.parameter_groups = lambda decay: [
+        *decay_groups(toy.body, decay, lr_scale=0.5),
+        *decay_groups(toy.head, decay, fixed_lr=True, lr_scale=2),
+    ]
+    optimizer = build(toy, Training(lr=0.8))
+    set_lr(optimizer, 0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05, 1.6, 1.6]
+
+
+def test_without_leaves_a_part_to_groups_of_its_own():
+    toy = Toy()
+    rest = {p for group in decay_groups(toy, 0.1, without=toy.body) for p in group["params"]}
+    assert rest == set(toy.head.parameters())
+
+
+def test_adam_adds_its_decay_to_the_gradient():
+    """First step of Adam on g + λ w: m = u, v = u², w ← w - η u / (|u| + ε); AdamW's would be w (1 - η λ) - η sign(g)."""
+    toy = Toy()
+    optimizer = build(toy, Training(optimizer="adam", lr=0.1, weight_decay=0.5))
+    w = toy.head.weight.detach().clone()
+    toy.head.weight.grad = torch.full_like(w, 0.01)
+    optimizer.step()
+    u = 0.01 + 0.5 * w
+    torch.testing.assert_close(toy.head.weight.detach(), w - 0.1 * u / (u.abs() + 1e-8))
+
+
+def test_lars_adapts_and_decays_weights_and_leaves_biases_and_scales_alone():
+    optimizer = build(Toy(), Training(optimizer="lars", weight_decay=0.1, eta=0.02, clip_lr=True))
+    assert isinstance(optimizer, LARS)
+    assert [(group["exempt"], group["weight_decay"]) for group in optimizer.param_groups] == [(False, 0.1), (True, 0)] * 2
+    assert all((group["eta"], group["clip_lr"]) == (0.02, True) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_frozen_does_not_move_by_a_bit_and_then_starts_afresh(name):
+    """From its release on it moves as under an optimizer that has just been built, in company of one that has a past."""
+    training, total = Training(optimizer=name, lr=0.1, end_lr=0.1, weight_decay=0.1), 10
+
+    def toy_and_optimizer(frozen):
+        toy = Toy()
+        toy.parameter_groups = lambda decay: [*decay_groups(toy.body, decay, frozen=frozen), *decay_groups(toy.head, decay)]
+        return toy, build(toy, training)
+
+    def step(toy, optimizer, index):
+        rng = torch.Generator().manual_seed(index)
+        for p in toy.parameters():
+            p.grad = torch.randn(p.shape, generator=rng)
+        hold(optimizer, Step(index, total))
+        optimizer.step()
+
+    held, optimizer = toy_and_optimizer(0.4)
+    before = [p.detach().clone() for p in held.body.parameters()]
+    head = held.head.weight.detach().clone()
+    for index in range(4):
+        step(held, optimizer, index)
+    assert all(torch.equal(p, old) for p, old in zip(held.body.parameters(), before, strict=True))
+    assert not torch.equal(held.head.weight, head)
+
+    fresh, other = toy_and_optimizer(0.0)
+    for index in range(4, 8):
+        step(held, optimizer, index)
+        step(fresh, other, index)
+    for p, q, old in zip(held.body.parameters(), fresh.body.parameters(), before, strict=True):
+        assert torch.equal(p, q)
+        assert not torch.equal(p, old)

@@ -166,6 +166,24 @@ def test_hooks_add_their_terms_and_their_state_is_saved():
     assert id(method.hooks[1].centre) in trained
 
 
+def test_the_encoder_is_a_group_of_its_own_rate_and_rest_and_no_other_parameter_is():
+    method = segment(hooks=(Consistency(),), freeze_encoder=0.25, encoder_lr=0.1)
+    encoder = set(method.network.encoder.parameters())
+    for group in method.parameter_groups(0.1):
+        inside = set(group["params"]) <= encoder
+        assert inside or not set(group["params"]) & encoder
+        assert (group["frozen"], group["lr_scale"]) == ((0.25, 0.1) if inside else (0.0, 1.0))
+
+
+def test_rest_and_rate_of_the_encoder_are_checked():
+    with pytest.raises(ValueError, match=r"freeze_encoder is 1\.5"):
+        Config(freeze_encoder=1.5)
+    with pytest.raises(ValueError, match="encoder_lr 0: expected"):
+        Config(encoder_lr=0)
+    with pytest.raises(ValueError, match="need a network with an `encoder`"):
+        Segment(nn.Conv2d(1, 3, 1), Config(side=8, freeze_encoder=0.5)).parameter_groups(0.1)
+
+
 def test_what_fine_tuning_hands_on_is_the_network_without_hooks():
     method = segment(hooks=(Consistency(),))
     assert method.transferable_state().keys() == method.network.state_dict().keys()
