@@ -83,6 +83,26 @@ def pair(size: Tensor, config: settings.PairCrops, rng: Generator) -> Pair:
     return Pair((p, q), (a, b), iou(p, a, q, b), held)
 
 
+def single(size: Tensor, scale: tuple[float, float], ratio: tuple[float, float], rng: Generator) -> tuple[Tensor, Tensor]:
+    """One random-resized box in each image: corners and extents, (n, D) int64 each; uniform over where they fit.
+
+    size           (n, D) int64, as for `pair`
+    scale, ratio   of the box's sides, whose law is that of `pair`'s resized boxes, see `_resized`
+    Raises ValueError when an image holds no such box.
+    """
+    config = settings.PairCrops(iou=None, crop="resized", scale=scale, ratio=ratio)
+    spans = _spans(size, config)
+    levels = _grid(spans, size.device)
+    chunk = max(1, CELLS // max(1, math.prod(map(len, spans))))
+    extent, held = (
+        torch.cat(parts) for parts in zip(*(_sides(s, config, levels, rng) for s in size.split(chunk)), strict=True)
+    )
+    if not held.all():
+        first = _pixels(size[int((~held).nonzero()[0])])
+        raise ValueError(f"no box of scale {scale} and ratio {ratio} fits an image of {first} px; use a wider scale or ratio")
+    return _anywhere(size - extent, rng), extent
+
+
 def iou(corner_a: Tensor, extent_a: Tensor, corner_b: Tensor, extent_b: Tensor) -> Tensor:
     """Intersection over union of boxes given by (n, D) first pixels and sides; (n,) float32. Touching boxes have 0."""
     end = torch.minimum(corner_a + extent_a, corner_b + extent_b)

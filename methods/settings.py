@@ -107,3 +107,40 @@ class Chain:
         super_check = getattr(super(), "__post_init__", None)
         if super_check:
             super_check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfDistillation(PairCrops, Chain):
+    """Views, head and teacher of DINO (see `dino.py`) and of what is built on it."""
+
+    crop: Literal["fixed", "resized"] = "resized"
+    scale: tuple[float, float] = (0.4, 1.0)  # of the global views
+    local_crops: int = 8  # small views of each slice, besides the two global ones; 0: none
+    local_side: int | None = None  # pixels of a local view; None: about 3/7 of `side`, as 96 of 224
+    local_scale: tuple[float, float] = (0.05, 0.4)  # area of a local view's box, as a fraction of the slice
+    hidden: int = 2048  # hidden size of the head
+    bottleneck: int = 256  # what it ends in before the prototypes
+    prototypes: int = 65536  # K; memory and time of a step grow with it, and small data need few (CT study: 1024)
+    temperature: float = 0.1  # of the student
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)  # at the first step, and after `teacher_warmup`
+    teacher_warmup: float = 0.1  # fraction of the steps: 30 of 300 epochs
+    momentum: float = 0.996  # of the teacher at the first step, from where it rises to 1
+    centre_momentum: float = 0.9
+    freeze_last_layer: float = 1 / 300  # fraction of the steps in which the prototypes do not move: the first epoch
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.local_crops < 0 or (self.local_side is not None and self.local_side < 1):
+            raise ValueError(f"local_crops is {self.local_crops} and local_side {self.local_side}: expected at least 0 and 1")
+        if not 0 < self.local_scale[0] <= self.local_scale[1] <= 1:
+            raise ValueError(f"local_scale is {self.local_scale}: expected 0 < low <= high <= 1")
+        for name in ("hidden", "bottleneck", "prototypes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        for name in ("teacher_warmup", "momentum", "centre_momentum", "freeze_last_layer"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 to 1")
+        if min(self.temperature, *self.teacher_temperature) <= 0:
+            raise ValueError(
+                f"temperature is {self.temperature} and teacher_temperature {self.teacher_temperature}: expected more than 0"
+            )

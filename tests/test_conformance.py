@@ -41,8 +41,8 @@ def wants(name: str) -> str:
     return next(p for p in list(inspect.signature(find.load("method", name).METHOD).parameters)[:1])
 
 
-def method(name: str, seed: int = 0) -> Any:
-    module, net = find.load("method", name), network(seed=seed)
+def method(name: str, seed: int = 0, of: str = "unet") -> Any:
+    module, net = find.load("method", name), network(of, seed)
     return module.METHOD(net.encoder if wants(name) == "encoder" else net, shrunk(module.Config))
 
 
@@ -86,6 +86,15 @@ def test_gradient_reaches_every_parameter_that_asks_for_one(name):
     unreached = [key for key, p in subject.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not unreached
     assert all(p.grad is None for p in subject.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("of", NETWORKS)
+def test_reconstructing_hidden_patches_reaches_every_parameter_of_every_encoder(of):
+    subject = method("mae", of=of)
+    loss = subject.loss(views(subject), Step(1, 10)).total
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert not [key for key, p in subject.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -527,6 +527,36 @@ def test_resized_boxes_out_of_reach_are_refused_or_skipped():
         crops.pair(sizes(400, 20, n=4), PairCrops(side=96, iou=None, crop="resized", scale=(0.5, 1.0)), rng())
 
 
+@pytest.mark.parametrize("shape", [(9, 8), (5, 4, 4)])
+def test_a_single_box_is_uniform_over_the_sides_allowed_and_over_where_they_fit(shape):
+    """Against all boxes of whole sides, each standing for ± half a pixel, that keep area and ratio."""
+    scale, ratio = (0.3, 0.7), (3 / 4, 4 / 3)
+    corner, extent = crops.single(sizes(*shape, n=20_000), scale, ratio, rng())
+    assert ((corner >= 0) & (extent >= 1) & (corner + extent <= torch.tensor(shape))).all()
+    half, total = Fraction(1, 2), math.prod(shape)
+    low, high = (Fraction(str(end)) for end in scale)
+    allowed = []
+    for box in itertools.product(*(range(1, length + 1) for length in shape)):
+        small, large = (math.prod(side + sign * half for side in box) for sign in (-1, 1))
+        fits = large >= low * total and small <= high * total
+        for side in box[1:]:
+            fits &= side + half >= Fraction(3, 4) * (box[0] - half) and side - half <= Fraction(4, 3) * (box[0] + half)
+        allowed += [box] * fits
+    counts = Counter(map(tuple, extent.tolist()))
+    assert stats.chisquare([counts[box] for box in allowed]).pvalue > 1e-3
+    assert set(counts) <= set(allowed)
+    first = allowed[len(allowed) // 2]
+    starts = Counter(map(tuple, corner[(extent == torch.tensor(first)).all(1)].tolist()))
+    places = math.prod(length - side + 1 for length, side in zip(shape, first, strict=True))
+    assert len(starts) == places
+    assert places == 1 or stats.chisquare(list(starts.values())).pvalue > 1e-3
+
+
+def test_a_single_box_that_does_not_fit_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"no box of scale \(0.5, 1.0\).*400 x 20 px; use a wider scale"):
+        crops.single(torch.tensor([(40, 40), (400, 20)]), (0.5, 1.0), (3 / 4, 4 / 3), rng())
+
+
 def test_an_image_smaller_than_the_crop_is_refused_by_name():
     with pytest.raises(ValueError, match="crops of 96 px do not fit image 1 of the batch, 90 x 250 px"):
         crops.pair(torch.tensor([(300, 250), (90, 250)]), PairCrops(side=96, unreachable="skip"), rng())

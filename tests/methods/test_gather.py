@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from medssl.methods import barlow_twins, gather, simclr, vicreg
+from medssl.methods import barlow_twins, gather, mae, simclr, vicreg
+from medssl.methods.networks import unetr
 from medssl.methods.networks.unet import Config, UNet
 from medssl.methods.protocol import UNLABELLED, Step, Views
 from medssl.methods.segment import Config as SegmentConfig
@@ -84,6 +85,13 @@ def paired(method: Callable[[nn.Module], nn.Module]) -> Whole:
     return Whole(model, lambda part: model.loss(Views([view[part] for view in views]), Step(0, 1)).total)
 
 
+def masked(encoder: nn.Module) -> Whole:
+    """MAE: the hidden patches of both workers together are averaged."""
+    method = mae.MAE(encoder, mae.Config(side=16, d=8, depth=1, heads=2, width=4, patch=8))
+    x, mask = torch.randn(8, 1, 16, 16), mae.draw_mask(8, 4, 3, torch.Generator().manual_seed(0))
+    return Whole(method, lambda part: method.loss(Views([x[part]], masks=[mask[part]]), Step(0, 1)).total)
+
+
 CASES: dict[str, Callable[[], Whole]] = {
     "simsiam": simsiam,
     "contrastive": contrastive,
@@ -94,6 +102,8 @@ CASES: dict[str, Callable[[], Whole]] = {
         lambda encoder: barlow_twins.BarlowTwins(encoder, barlow_twins.Config(side=8, d=4, hidden=12))
     ),
     "vicreg": lambda: paired(lambda encoder: vicreg.VICReg(encoder, vicreg.Config(side=8, d=16, hidden=12))),
+    "mae, U-Net": lambda: masked(UNet(1, 2, Config(width=4, levels=2, norm="batch")).encoder),
+    "mae, ViT": lambda: masked(unetr.Encoder(1, unetr.Config(patch=8, d=8, depth=4, heads=2, grid=2))),
     "segment, Dice over the batch": lambda: segment("batch"),
 }
 
