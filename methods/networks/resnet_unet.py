@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.methods.gather import JointBatchNorm
+from medssl.methods.networks.unet import cut, filled
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}  # per stage, table 1
 LEAST = 33  # pixels per side from which the coarsest map has more than one
@@ -132,7 +133,7 @@ class Decoder(nn.Module):
         *skips, x = maps
         for block, skip in zip(self.blocks, [*reversed(skips), None], strict=True):
             wanted = sides if skip is None else skip.shape[2:]
-            x = F.interpolate(x, scale_factor=2, mode="nearest")[(..., *(slice(side) for side in wanted))]
+            x = cut(F.interpolate(x, scale_factor=2, mode="nearest"), wanted)  # an odd side was rounded up on the way down
             x = block(x if skip is None else torch.cat([x, skip], dim=1))
         return x
 
@@ -159,12 +160,8 @@ class ResNetUNet(nn.Module):
         self.head = (nn.Conv2d if config.spatial_dims == 2 else nn.Conv3d)(config.width // 4, classes, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        sides = x.shape[2:]
-        missing = [max(LEAST - side, 0) for side in sides]
-        if any(missing):
-            x = F.pad(x, [pad for length in reversed(missing) for pad in (0, length)])
-        logits: Tensor = self.head(self.decoder(self.encoder(x), x.shape[2:]))
-        return logits[(..., *(slice(side) for side in sides))]
+        padded = filled(x, [max(side, LEAST) for side in x.shape[2:]])
+        return cut(self.head(self.decoder(self.encoder(padded), padded.shape[2:])), x.shape[2:])
 
 
 NETWORK = ResNetUNet

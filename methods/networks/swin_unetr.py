@@ -18,8 +18,8 @@ statistics would differ between workers). Defaults are those of the study on abd
 (https://github.com/dittohed/exploring-ssl-for-ct): stochastic depth (`drop_path`) while the encoder is pretrained on its own,
 none while the whole network is trained. Any sides will do. The network pads images with 0, below and to the right, to a
 multiple of 32 and to at least 64 pixels, for instance norm has nothing to say about a coarsest map of one pixel; logits are
-cut back to the image. The encoder on its own, as pretraining uses it, pads nothing but odd maps: at 1 / 2^l its sides are
-those of the image over 2^l, rounded up.
+cut back to the image. The encoder on its own, as pretraining uses it, pads odd maps only, and images of less than 32 pixels,
+whose last stage would attend to a single one; at 1 / 2^l its maps have the sides of the image over 2^l, rounded up.
 
 The encoder is what pretraining trains and hands on, its last merging, which a Swin for classification lacks, included.
 """
@@ -31,6 +31,8 @@ from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from medssl.methods.networks.unet import cut, filled
 
 STRIDE = 32  # image pixels per pixel of the coarsest map
 GROUPS = 8  # of group normalisation, as in the U-Net
@@ -82,12 +84,14 @@ class Encoder(nn.Module):
         self.layers1, self.layers2, self.layers3, self.layers4 = swin.layers1, swin.layers2, swin.layers3, swin.layers4
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.patch_embed(x)
+        sides = x.shape[2:]
+        x = self.patch_embed(filled(x, [max(side, STRIDE) for side in sides]))
         maps = [x]
         for (stage,) in (self.layers1, self.layers2, self.layers3, self.layers4):
             x = _stage(stage, x)
             maps.append(x)
-        return [F.layer_norm(each.movedim(1, -1), each.shape[1:2]).movedim(-1, 1) for each in maps]
+        normalised = [F.layer_norm(each.movedim(1, -1), each.shape[1:2]).movedim(-1, 1) for each in maps]
+        return [cut(each, [math.ceil(side / 2**level) for side in sides]) for level, each in enumerate(normalised, 1)]
 
 
 def _stage(stage: Any, x: Tensor) -> Tensor:
@@ -166,12 +170,8 @@ class SwinUNETR(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        sides = x.shape[2:]
-        missing = [max(-(-side // STRIDE), 2) * STRIDE - side for side in sides]
-        if any(missing):
-            x = F.pad(x, [pad for length in reversed(missing) for pad in (0, length)])
-        logits: Tensor = self.head(self.decoder(x, self.encoder(x)))
-        return logits[(..., *(slice(side) for side in sides))]
+        padded = filled(x, [max(math.ceil(side / STRIDE), 2) * STRIDE for side in x.shape[2:]])
+        return cut(self.head(self.decoder(padded, self.encoder(padded))), x.shape[2:])
 
 
 NETWORK = SwinUNETR

@@ -2,10 +2,9 @@
 
 The first encoder is the study's Swin UNETR (C = 48, pairs of 96 px), where compute is what costs: all of our training, from
 the slices in memory on, against forward, backward and update on views that are already there. The second is a small U-Net's,
-where feeding it costs
-too: against a DataLoader that reads slices from PNG files, as the study keeps them, and takes each through its MONAI chain, and
-the same method and optimizer after it. There a CPU has one thread on both sides, and the loader works in the process that
-trains, which is the study's default; beside a GPU it has a process per core.
+where feeding it costs too: against a DataLoader that reads slices from PNG files, as the study keeps them, and takes each
+through its MONAI chain, with the same method and optimizer after it. There a CPU has one thread on both sides, and the loader
+works in the process that trains, which is the study's default; beside a GPU it has a process per core.
 Slices have a usual size of the study's preparation. On a GPU both sides train in bfloat16 and its memory is told.
 """
 

@@ -70,6 +70,7 @@ def test_an_image_is_padded_with_zeros_to_a_multiple_of_32_and_cut_back():
 
 def test_maps_halve_and_are_normalised_over_their_channels():
     encoder = net().encoder
+    assert [tuple(m.shape[2:]) for m in encoder(torch.randn(1, 2, 40, 10))] == [(20, 5), (10, 3), (5, 2), (3, 1), (2, 1)]
     maps = encoder(torch.randn(2, 2, 96, 80))
     assert encoder.channels == (12, 24, 48, 96, 192)
     assert [tuple(m.shape[1:]) for m in maps] == [(12, 48, 40), (24, 24, 20), (48, 12, 10), (96, 6, 5), (192, 3, 3)]
