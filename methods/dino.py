@@ -17,8 +17,9 @@ Section and equation numbers are that paper's; values that it leaves out are tho
     θ' ← m θ' + (1 - m) θ, m from `momentum` to 1 along a cosine                        sec. 3.1
 
 The two ways to collapse are all slices on one prototype, where `mean_target_entropy` goes to 0, and the uniform
-distribution, where `target_entropy` goes to log K; in both the `divergence` of student and teacher goes to 0 (fig. 7).
-The index `collapse` is taken of z, which no normalisation over the batch has touched.
+distribution, where `target_entropy` goes to log K; in both the `divergence` of student and teacher goes to 0 (fig. 7), and
+so does what a target tells about its slice, the difference of the two entropies. The index `collapse` is 1 less its share
+of the greatest it could be; the spread of z would not do, for the centre takes a direction away that all slices share.
 
 Global views go through the networks together, local ones in a second pass, for their sides differ. An encoder that
 normalises over the batch sees the statistics of each pass; its running ones move twice a step. The head has no norm.
@@ -35,6 +36,7 @@ Transfers: the student's encoder, the one that the optimizer trained; the teache
 at the limit (the paper evaluates the teacher's). Head, centre and teacher are dropped.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -99,13 +101,9 @@ class DINO(nn.Module):
         students = self.head.prototypes(z).chunk(views)
         targets = self.centre.targets(self.teacher_head(taught), self.teacher_temperature(step)).chunk(2)
         crossed = mean_over_pairs(targets, students, self.config.temperature)
-        entropy = torch.special.entr(torch.cat(targets)).sum(1).mean()
-        watched = {
-            "target_entropy": entropy,
-            "mean_target_entropy": torch.special.entr(torch.cat(targets).mean(0)).sum(),
-            "divergence": crossed.detach().mean() - entropy,
-        }
-        return gather.mean(crossed.sum(), n), pairs.health(y[:n], z[:n], step) | watched
+        watched = signs(torch.cat(targets))
+        watched["divergence"] = crossed.detach().mean() - watched["target_entropy"]
+        return gather.mean(crossed.sum(), n), pairs.feature_health(y[:n], step) | watched
 
     def teacher_temperature(self, step: Step) -> float:
         """τt: linear from its first to its last value over the share `teacher_warmup` of the steps."""
@@ -201,7 +199,7 @@ class Centre(nn.Module):
         self.seen.zero_()
 
 
-def feature(encoder: nn.Module, x: Tensor) -> Tensor:
+def feature(encoder: Any, x: Tensor) -> Tensor:
     """y of images x, (n, features): the class token of an encoder that has `tokens`, else the mean over its coarsest map."""
     if hasattr(encoder, "tokens"):
         token: Tensor = encoder.tokens(x)[0]
@@ -225,6 +223,17 @@ def mean_over_pairs(targets: Sequence[Tensor], students: Sequence[Tensor], tempe
     each = [second, first, *[first + second] * (len(students) - 2)]
     crossed = [cross_entropy(target, logits, temperature) for target, logits in zip(each, students, strict=True)]
     return torch.stack(crossed).sum(0) / (2 * len(students) - 2)
+
+
+def signs(targets: Tensor) -> dict[str, Tensor]:
+    """Monitors of targets (m, K): their mean entropy, the entropy of their mean, in nats, and the index `collapse`.
+
+    The second less the first is what a prototype tells about the row it was drawn for, in [0, log min(m, K)]; the index is 0
+    at the upper end, where every row has prototypes of its own, and 1 at the lower, where all rows say the same.
+    """
+    each, mean = torch.special.entr(targets).sum(1).mean(), torch.special.entr(targets.mean(0)).sum()
+    share = (mean - each) / math.log(max(2, min(targets.shape)))
+    return {"target_entropy": each, "mean_target_entropy": mean, "collapse": (1 - share).clamp(0, 1)}
 
 
 def warmed(ends: tuple[float, float], share: float, step: Step) -> float:

@@ -191,16 +191,30 @@ def build(tree: Mapping[str, Any]) -> Experiment:
     seed = tree.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UsageError(f"seed: expected a whole number, got {seed!r}")
+    network = _part("network", "network", tree["network"])
+    pretrain = None if tree["pretrain"] is None else _part("method", "pretrain", tree["pretrain"])
+    if pretrain:
+        _refuse_encoder(pretrain.name, network.name)
     return Experiment(
         data=_dataclass(Data, tree.get("data") or {}, "data"),
-        network=_part("network", "network", tree["network"]),
-        pretrain=None if tree["pretrain"] is None else _part("method", "pretrain", tree["pretrain"]),
+        network=network,
+        pretrain=pretrain,
         finetune=_part("method", "finetune", tree["finetune"]),
         evaluate=_dataclass(Evaluate, tree.get("evaluate") or {}, "evaluate"),
         resources=_dataclass(Resources, tree.get("resources") or {}, "resources"),
         seed=seed,
         given=tree,
     )
+
+
+def _refuse_encoder(method: str, network: str) -> None:
+    """A method that declares its ENCODERS works with the encoders of these networks alone."""
+    encoders = find.constant("method", method, "ENCODERS", ())
+    if encoders and network.replace("-", "_") not in encoders:
+        raise UsageError(
+            f"pretrain.name={method} cannot train the encoder of network.name={network}, only that of {' or '.join(encoders)}; "
+            f"add -o network.name={encoders[0]}"
+        )
 
 
 def _part(kind: str, section: str, tree: Any) -> Part:

@@ -64,6 +64,15 @@ def summary(kind: str, name: str) -> str:
 
 
 @functools.cache
+def constant(kind: str, name: str, constant_name: str, default: typing.Any = None) -> typing.Any:
+    """The literal that a file gives a name at its top level (`NAME = …`), read from its source without importing it."""
+    for node in ast.parse(path(kind, name).read_text()).body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == [constant_name]:
+            return ast.literal_eval(node.value)
+    return default
+
+
+@functools.cache
 def settings(kind: str, name: str, class_name: str = "Config") -> type:
     """The settings dataclass of a method or network, read from its source without importing the file (nor torch).
 
