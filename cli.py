@@ -21,7 +21,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Prepare, check and look at data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-Files = Annotated[list[Path] | None, typer.Option("-p", "--preset", help="YAML files of settings, stacked left to right.")]
+Files = Annotated[list[Path] | None, typer.Option("-p", "--preset", help="YAML files or names of presets, stacked.")]
 Overrides = Annotated[list[str] | None, typer.Option("-o", "--override", help="One setting by dotted name: key=value.")]
 DataName = Annotated[str, typer.Option("--data", help="A data set, a prepared set, or a folder of scans.")]
 From = Annotated[str | None, typer.Option("--from", help="A pretraining's id, or a file of weights; without it, from scratch.")]
@@ -79,13 +79,13 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """The methods, networks, search spaces and data sets that can be named."""
+    """The methods, networks, presets, search spaces and data sets that can be named."""
     from medssl.platform import find
 
     kinds = {kind: {name: find.summary(kind, name) for name in find.names(kind)} for kind in find.FOLDERS}
     lines = []
     for kind, entries in kinds.items():
-        lines += [f"{kind}s ({find.FOLDERS[kind]}/)", *(f"  {name:<16} {text}" for name, text in entries.items())]
+        lines += [f"{kind}s ({find.FOLDERS[kind]}/)", *(f"  {name:<22} {text}" for name, text in entries.items())]
     _print(kinds, as_json, "\n".join(lines))
 
 

@@ -39,12 +39,15 @@ from medssl.methods.teacher import Teacher, cosine_momentum
 class Config(settings.PairCrops, settings.Chain):
     d: int = 256  # size of z and q, sec. 3.3
     hidden: int = 4096  # hidden size of projector and predictor, sec. 3.3
+    predictor_hidden: int | None = None  # of the predictor alone; None: `hidden` (ACDC study: 8192)
     momentum: float = 0.996  # of the teacher at the first step, from where it rises to 1, sec. 3.3 (SSL-MedSeg on ACDC: 0.99)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.d, self.hidden) < 1:
-            raise ValueError(f"d is {self.d} and hidden {self.hidden}: expected at least 1")
+        if min(self.d, self.hidden) < 1 or (self.predictor_hidden is not None and self.predictor_hidden < 1):
+            raise ValueError(
+                f"d is {self.d}, hidden {self.hidden} and predictor_hidden {self.predictor_hidden}: expected at least 1"
+            )
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum is {self.momentum}: expected 0 to 1")
 
@@ -69,7 +72,7 @@ class BYOL(nn.Module):
         features = cast("tuple[int, ...]", encoder.channels)[-1]
         self.encoder = encoder
         self.projector = head(features, config.hidden, config.d)
-        self.predictor = head(config.d, config.hidden, config.d)
+        self.predictor = head(config.d, config.predictor_hidden or config.hidden, config.d)
         self.teacher_encoder = Teacher(encoder)
         self.teacher_projector = Teacher(self.projector)
 

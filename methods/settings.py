@@ -93,7 +93,7 @@ class Chain:
 
     zoom: tuple[float, float] = (0.8, 1.2)
     zoom_p: float = 0.75
-    flip_p: float = 0.5  # per axis
+    flip_p: float | tuple[float, ...] = 0.5  # of every axis alike, or of rows, columns (and slices) each its own
     rot90_p: float = 0.5
     intensity_scale: float = 0.1  # x (1 + f), f uniform in ±
     intensity_scale_p: float = 0.75
@@ -106,7 +106,8 @@ class Chain:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name.endswith("_p") and not 0 <= value <= 1:
+            each = value if isinstance(value, tuple) else (value,)
+            if name.endswith("_p") and not all(0 <= p <= 1 for p in each):
                 raise ValueError(f"{name} is {value}: a probability lies in [0, 1]")
         if not 0 < self.zoom[0] <= self.zoom[1] or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"zoom {self.zoom} and blur_sigma {self.blur_sigma}: expected 0 < low <= high")

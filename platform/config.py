@@ -8,7 +8,8 @@
     evaluate   how volumes are predicted and scored
     resources  where and how often, without effect on results
 
-`-p a.yaml -p b.yaml` stacks mappings; `-o pretrain.training.lr=0.05` sets one key. Torch is never imported here.
+`-p a.yaml -p b.yaml` stacks mappings, a name such as `-p simsiam-ct` is a preset of methods/presets/, and
+`-o pretrain.training.lr=0.05` sets one key. Torch is never imported here.
 """
 
 import dataclasses
@@ -190,9 +191,11 @@ def override(text: str) -> tuple[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A `-p` file."""
+    """A `-p` file; where there is none and the name has no suffix, the preset of that name in methods/presets/."""
     import yaml
 
+    if not path.suffix and not path.is_file():
+        path = find.path("preset", str(path))
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError as error:
