@@ -2,8 +2,8 @@
 
 Repeats are the fidelity. Every arm begins with two pretrainings; then, round after round, one more goes to each of the three
 arms that are most likely to be the best, as far as these have at least a hundredth of the leader's chance. The chance comes
-from the nested model of `statistics.py`, the spread of pretraining means pooled over the arms (Hoeffding races, Maron and Moore,
-NIPS 1993, drop arms for good, https://proceedings.neurips.cc/paper/1993/hash/02a32ad2669e6fe298e607fe7cc0e1a0-Abstract.html;
+from the nested model of `statistics.py`, the spread of pretraining means pooled over the arms (Hoeffding races, Maron and
+Moore, NIPS 1993, drop arms for good, https://proceedings.neurips.cc/paper/1993/hash/02a32ad2669e6fe298e607fe7cc0e1a0-Abstract.html;
 top-two sampling, Russo, Oper. Res. 68, 2020, https://arxiv.org/abs/1602.08448, keeps giving to leader and challenger). An arm
 that was unlucky rests and is not lost: when the leaders fall back it is among them again. The race ends when one arm is the
 best with 99.8 %, or when it has spent half of the grid that it stands for, confirmation included.

@@ -358,11 +358,12 @@ def posterior_means(means: ArrayLike, errors: ArrayLike) -> Array:
 
 
 def pareto(scores: ArrayLike, costs: ArrayLike) -> list[bool]:
-    """Of each of the points, (a,), whether no other beats it: none has at least the score at most the cost, and is better in one of them."""
+    """Of each point whether none beats it, (a,): has at least its score at most its cost, and is better in one of them."""
     scores, costs = np.asarray(scores, float), np.asarray(costs, float)
     no_worse = (scores[:, None] >= scores) & (costs[:, None] <= costs)
     better = (scores[:, None] > scores) | (costs[:, None] < costs)
-    return [not beaten for beaten in (no_worse & better).any(axis=0).tolist()]
+    beaten = np.asarray(no_worse & better).any(axis=0)
+    return [not one for one in np.atleast_1d(beaten)]
 
 
 def normal_sample_size(sd: float, wanted: float, *, power: float = 0.8, alpha: float = 0.05) -> float:

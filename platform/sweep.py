@@ -135,7 +135,8 @@ def layers(data: str, files: tuple[Path, ...], overrides: tuple[str, ...]) -> di
 
 def _settled(request: Request) -> Request:
     """The request with the kind of search and the confirmation that it leaves to the space and to us."""
-    search: str = request.search or getattr(load_space(request.space), "SEARCH", "grid")
+    usual: str = getattr(load_space(request.space), "SEARCH", "grid")
+    search = request.search or usual
     if search not in SEARCHES:
         raise UsageError(f"--search {search}: {find.nearest(search, SEARCHES)}")
     confirm = request.confirm if request.confirm is not None else 0 if search == "grid" else CONFIRM

@@ -6,8 +6,8 @@ the leaderboard says the study would have needed to see its difference of 0.010 
 and race see the same pretrainings, so that their difference is less noisy than either share.
 
 Two rows per set of means: the share of 500 repetitions that name the best arm, and the runs saved. Where the best arms lie
-0.002 apart, a quarter of the noise of a pretraining, half of the runs name the best one a little less often than the grid, which
-often misses it too; what that costs in true Dice stands in the row. Those rows have no floor.
+0.002 apart, a quarter of the noise of a pretraining, half of the runs name the best one a little less often than the grid,
+which often misses it too; what that costs in true Dice stands in the row. Those rows have no floor.
 """
 
 from collections.abc import Iterator, Mapping
