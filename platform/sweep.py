@@ -425,6 +425,8 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
 
     from medssl.platform import stages
 
+    if not gc.get_freeze_count():
+        gc.freeze()  # what was imported stays: the collection below need not walk over torch after every chain
     store = Store.open(sweep.store)
     split = catalogue.split(store, sweep.split)
     try:
