@@ -27,7 +27,7 @@ class Seen:
 
 
 def state(site: Site, folder: Path, seen: Seen | None = None) -> dict[str, Any]:
-    """Finished, running and waiting stages of a sweep, and the seconds that are left; `seen` keeps what one look tells the next."""
+    """Finished, running and waiting stages of a sweep, and the seconds left; `seen` keeps what one look tells the next."""
     sweep, seen = Sweep.open(folder), seen or Seen()
     asked = (sweep.arms(), sweep.repeats(), sweep.k, sweep.m)
     if asked != seen.asked:
