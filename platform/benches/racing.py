@@ -1,8 +1,8 @@
 """How often a race names the truly best arm, against the full grid of the same k, on the noise of the IoU study. No training.
 
 Scores are simulated: the noise is that of the study's 24 published values (between and within pretrainings, two fine-tunings
-of each), the means are known, and `platform/race.py` decides as it does in a sweep, confirmation included. k is 24: about what
-the leaderboard says the study would have needed to see its difference of 0.010 (80 % power, 5 % over the family). Grid
+of each), the means are known, and `platform/race.py` decides as it does in a sweep, confirmation included. k is 18:
+what `statistics.needed` asks for to see the study's difference of 0.010 among five comparisons. Grid
 and race see the same pretrainings, so that their difference is less noisy than either share.
 
 Two rows per set of means: the share of 500 repetitions that name the best arm, and the runs saved. Where the best arms lie
@@ -37,7 +37,7 @@ MEANS: dict[str, tuple[float, ...]] = {  # the first of each is the control
 }
 NEAR = ("two leaders 0.002 apart", "near ties, 0.002 apart")
 REPETITIONS = 500
-K, M, CONFIRM = 24, 2, 5
+K, M, CONFIRM = 18, 2, 5
 
 
 @dataclass(frozen=True)
