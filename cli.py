@@ -213,8 +213,17 @@ def sweep(
     data: DataName = "phantom",
     pretrainings: Annotated[int, typer.Option(min=1, help="Pretrainings per arm (k).")] = 2,
     finetunings: Annotated[int, typer.Option(min=1, help="Fine-tunings of each pretraining (m).")] = 2,
-    search: Annotated[str, typer.Option(help="grid, tpe, gp or random.")] = "grid",
-    trials: Annotated[int, typer.Option(min=1, help="Arms that a searcher may ask for.")] = 20,
+    search: Annotated[
+        str | None, typer.Option(help="grid, race, tpe, gp or random; default: what the space says, else grid.")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Arms that tpe, gp or random may ask for.")] = 20,
+    confirm: Annotated[
+        int | None,
+        typer.Option(min=0, help="Fresh pretrainings of the leading arms and the control; default: 5, after a grid none."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Also print which arms no other beats in score and gpu-hours, or labels.")
+    ] = None,
     time_budget: Annotated[str | None, typer.Option(help="Stop after this long: 90s, 30m, 8h.")] = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster; default: this machine.")] = None,
     wanted: Annotated[float, typer.Option(help="The difference in the metric that would matter to you.")] = 0.01,
@@ -226,12 +235,12 @@ def sweep(
     """Run every arm of a question, repeats included, and print the leaderboard. Typed again, it does only what is missing."""
     from medssl.platform import sweep as sweeps
 
-    settings = tuple(_dimensioned(overrides, spatial_dims))
-    request = sweeps.Request(space, data, pretrainings, finetunings, search, trials, tuple(files or ()), settings)
+    given = (tuple(files or ()), tuple(_dimensioned(overrides, spatial_dims)))
+    request = sweeps.Request(space, data, pretrainings, finetunings, search, trials, *given, confirm)
     if dry_run:
         typer.echo(sweeps.dry_run(request, say=_aside))
         return
-    typer.echo(sweeps.run(request, time_budget=time_budget, address=address, wanted=wanted, say=_aside))
+    typer.echo(sweeps.run(request, time_budget=time_budget, address=address, wanted=wanted, against=against, say=_aside))
 
 
 @app.command()
@@ -263,6 +272,7 @@ def leaderboard(
     sort: Annotated[str, typer.Option(help="mean, arm, or difference to the control, largest first.")] = "mean",
     metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
     wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
+    phase: Annotated[str | None, typer.Option(help="search or confirm; default: confirm where there is one.")] = None,
 ) -> None:
     """Arms with intervals, differences to the control, and what cannot be told apart.
 
@@ -271,7 +281,7 @@ def leaderboard(
     """
     from medssl.platform import answers
 
-    typer.echo(answers.answer(names or [], output, metric, wanted, sort))
+    typer.echo(answers.answer(names or [], output, metric, wanted, sort, phase))
 
 
 @app.command()

@@ -19,6 +19,8 @@ from medssl.platform.sweep import Sweep
 
 Owner = tuple[str, int, int]  # arm, pretraining, fine-tuning
 
+CONFIRMED = "Confirmation: fresh pretrainings of the arms that led the search (`leaderboard --phase search` shows that)."
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -26,6 +28,7 @@ class Scored:
 
     sweep: Sweep
     contract: str
+    phase: str  # search or confirm: which of its pretrainings these are
     owners: Mapping[str, Owner]  # of each fine-tuning, by stage
     by_patient: Mapping[str, Mapping[str, float]]  # of each stage
 
@@ -46,14 +49,15 @@ def owners(chains: Sequence[Chain]) -> dict[str, Owner]:
     return {stage.id: (chain.arm, chain.index, number) for chain in chains for number, stage in enumerate(chain.finetunings)}
 
 
-def scored(site: Site, folder: Path, metric: str, chains: Sequence[Chain] | None = None) -> Scored:
-    """The scores of a sweep; `chains` where they are known already.
+def scored(site: Site, folder: Path, metric: str, phase: str | None = None) -> Scored:
+    """The scores of a phase of a sweep; without one, of its confirmation if that has begun for every arm, else of its search.
 
     Raises RunError when nothing has been scored yet, UsageError when there is no such metric, and when the ledger holds
     scores of several contracts.
     """
     sweep = Sweep.open(folder)
-    whose = owners(sweep.chains() if chains is None else chains)
+    phase, chains = sweep.shown(phase, site.runs)
+    whose = owners(chains)
     present = [stage for stage in whose if ledger.holds(site.runs, stage)]
     if not present:
         raise RunError(f"{folder.name}: no fine-tuning has finished yet")
@@ -61,7 +65,7 @@ def scored(site: Site, folder: Path, metric: str, chains: Sequence[Chain] | None
     by_patient = ledger.by_patient(table, metric, "test")
     if not by_patient:
         raise UsageError(f'no metric "{metric}"; {find.nearest(metric, table["metric"].unique().to_pylist())}')
-    return Scored(sweep, table["contract"][0].as_py(), whose, by_patient)
+    return Scored(sweep, table["contract"][0].as_py(), phase, whose, by_patient)
 
 
 def by_class(site: Site, found: Scored, metric: str) -> dict[str, dict[str, dict[str, float]]]:
@@ -115,28 +119,37 @@ def merged(sweeps: Sequence[Scored]) -> tuple[list[Run], str, dict[str, str], li
     return list(runs.values()), controls[0], compare, notes
 
 
-def boards(names: Sequence[str], metric: str, wanted: float) -> dict[str, Leaderboard]:
+def boards(names: Sequence[str], metric: str, wanted: float, phase: str | None = None) -> dict[str, Leaderboard]:
     """Leaderboards by title, one for each contract among the sweeps; the newest sweep when none is named."""
     site = Site.here()
     folders = dict.fromkeys([site.find_sweep(name) for name in names] or [site.find_sweep(None)])
     by_contract: dict[str, list[Scored]] = {}
     for folder in folders:
-        found = scored(site, folder, metric)
+        found = scored(site, folder, metric, phase)
         by_contract.setdefault(found.contract, []).append(found)
     ranked = {}
     for contract, sweeps in by_contract.items():
         runs, control, compare, notes = merged(sweeps)
         board = leaderboard.rank(runs, control, metric=metric, wanted=wanted, compare=compare)
+        if any(found.phase == "confirm" for found in sweeps):
+            notes.insert(0, CONFIRMED)
         title = f"{', '.join(found.name for found in sweeps)} (contract {contract})"
         ranked[title] = dataclasses.replace(board, notes=(*notes, *board.notes))
     return ranked
 
 
-def answer(names: Sequence[str], output: str, metric: str, wanted: float = 0.01, sort: str = "mean") -> str:
+def answer(
+    names: Sequence[str],
+    output: str,
+    metric: str,
+    wanted: float = 0.01,
+    sort: str = "mean",
+    phase: str | None = None,
+) -> str:
     """The answer of sweeps as they stand, in one of the formats; that of a single one is also written into its folder."""
     if output not in render.FORMATS:
         raise UsageError(f'no leaderboard format "{output}"; {find.nearest(output, render.FORMATS)}')
-    ranked = boards(names, metric, wanted)
+    ranked = boards(names, metric, wanted, phase)
     if len(set(names)) < 2:
         folder = Site.here().find_sweep(names[0] if names else None)
         (board,) = ranked.values()

@@ -64,7 +64,7 @@ class Evidence:
         sweep = Sweep.open(folder)
         chains = sweep.chains()
         try:
-            found = answers.scored(site, folder, metric, chains)
+            found = answers.scored(site, folder, metric)
             board = leaderboard.rank(found.runs, sweep.control, metric=metric, wanted=wanted, compare=sweep.compare)
         except RunError as error:  # nothing has been scored yet
             return cls(site, sweep, chains, None, None, str(error), metric)

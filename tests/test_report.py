@@ -17,6 +17,7 @@ from medssl.platform import answers, catalogue, page, report, stages, sweep
 from medssl.platform.datasets import phantom
 from medssl.platform.errors import UsageError
 from medssl.platform.site import Site
+from medssl.platform.spaces import load_space
 
 pytestmark = pytest.mark.slow  # for the sweep that all of them look at
 
@@ -38,9 +39,9 @@ def computed(name: str, arms: dict, k: int, m: int, *overrides: str) -> sweep.Sw
     """A sweep whose stages were run here one after another: what Ray would have left, without Ray."""
     text = f"QUESTION = 'Does <b>overlap</b> matter?'\nCONTROL = 'from scratch'\n\ndef arms():\n    return {arms!r}\n"
     Path(f"{name}.py").write_text(text)
-    request = sweep.Request(f"{name}.py", "tiny", k, m, overrides=(*SETTINGS, *overrides))
+    request = sweep.Request(f"{name}.py", "tiny", k, m, "grid", overrides=(*SETTINGS, *overrides))
     store = catalogue.open_store("tiny", say=print)
-    asked = sweep._refuse_early(request, store, arms)
+    asked, _ = sweep.fitted(request, load_space(request.space), store, arms, print)
     asked.save()
     (asked.folder / "arms.json").write_text(json.dumps(arms))
     work = stages.Work(Site.here(), store.root, catalogue.split(store, asked.split))

@@ -232,7 +232,7 @@ def test_a_time_budget_ends_a_sweep_cleanly_and_the_next_call_goes_on(here, undi
 
 @pytest.mark.slow
 def test_a_search_adds_arms_to_the_control_and_records_them(here, ray_local):
-    table = run(search="tpe", trials=3, k=1, m=1)
+    table = run(search="tpe", trials=3, k=1, m=1, confirm=0)
     assert "from scratch" in table
     arms = sweep.Sweep.open(Site.here().find_sweep(None)).arms()
     assert len(arms) == 4
@@ -337,3 +337,54 @@ def test_given_weights_reach_the_workers_of_a_sweep(here, ray_local):
     begun = sorted(entry["chain"].split(" -> ")[:-1] for entry in done.values())
     given, own = "given (encoder)", "simsiam:phantom@30"
     assert begun == [[], [given], [given, own], [own]]
+
+
+RACE = """
+QUESTION = "Which overlap?"
+CONTROL = "from scratch"
+
+def arms():
+    intervals = {"any": None, "none": (0.0, 0.2), "middle": (0.3, 0.6)}
+    return {"from scratch": {"pretrain": None}} | {label: {"pretrain.iou": iou} for label, iou in intervals.items()}
+"""
+
+
+@pytest.mark.slow
+def test_a_race_killed_and_typed_again_ends_as_an_undisturbed_one_and_ranks_what_it_confirmed(here, ray_local):
+    (here / "overlap.py").write_text(RACE)
+    small = ("finetune.training.steps=4", "pretrain.training.steps=4", "finetune.training.evaluations=1")
+    asked = {"search": "race", "k": 6, "m": 1, "confirm": 2, "overrides": small}
+    said: list[str] = []
+    stopped = sweep.run(request(**asked), time_budget="2s", address=None, say=said.append)
+    before = set(outcome())
+    assert "no fine-tuning" in stopped or any("the search to go" in line for line in said)
+    answer = sweep.run(request(**asked), time_budget=None, address=None, against="gpu-hours", say=said.append)
+    assert "Confirmation: fresh pretrainings" in answer
+    assert "by posterior mean" in answer
+    assert "gpu-hours" in answer
+    found = sweep.Sweep.open(Site.here().find_sweep(None))
+    repeats = found.repeats()
+    asked_for = sum(len(indices) for phases in repeats.values() for indices in phases.values())
+    assert asked_for == len(outcome()) <= 4 * 6 / 2 + 2
+    assert before <= set(outcome())
+    confirmed = {label for label, phases in repeats.items() if "confirm" in phases}
+    assert len(confirmed) == 3
+    assert "from scratch" in confirmed
+    rows = {line.split(",")[0]: line.split(",")[1] for line in sweep.leaderboard(None, "csv", "dice").splitlines()[1:]}
+    assert rows == dict.fromkeys(confirmed, "2"), "the verdict uses the fresh pretrainings only"
+    searched = sweep.leaderboard(None, "csv", "dice", phase="search").splitlines()[1:]
+    assert len(searched) == 4
+    assert {row["arm"] for row in json.loads((found.folder / "pareto.json").read_text())} == set(repeats)
+    assert run(**asked)
+    assert len(outcome()) == asked_for, "typed again, it looks everything up"
+
+
+def test_a_race_of_too_few_repeats_is_refused(here):
+    with pytest.raises(UsageError, match="at least --pretrainings 4"):
+        sweep.dry_run(request(search="race"), say=print)
+
+
+def test_a_plan_of_a_race_says_what_it_may_spend(here):
+    plan = sweep.dry_run(request(search="race", k=12), say=print)
+    assert "race     at most 6 of the 36 pretrainings" in plan
+    assert "5 fresh pretrainings" in plan
