@@ -1,4 +1,4 @@
-"""TensorBoard and the log file of a stage: scalars, the first views, predictions."""
+"""TensorBoard, history and log file of a stage: scalars, the first views, predictions."""
 
 import json
 import time
@@ -13,6 +13,7 @@ from torch import Tensor
 from medssl.methods import crops
 from medssl.methods.protocol import UNLABELLED, Batch, Method, Views
 from medssl.platform import atomic
+from medssl.platform.history import History
 from medssl.platform.records import Volume
 
 WATCHED = 8  # batches whose views are drawn twice
@@ -35,17 +36,20 @@ class Board:
 
             self.writer = SummaryWriter(str(self.folder / "tensorboard"))
             self.log = (self.folder / "log.txt").open("a")
+            self.history = History(self.folder)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.folder:
             self.writer.close()
             self.log.close()
+            self.history.close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if self.folder:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+            self.history.add(step, values)
             rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
             self.log.write(json.dumps({"at": time.strftime("%H:%M:%S"), "step": step, **rounded}) + "\n")
             self.log.flush()

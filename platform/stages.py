@@ -145,10 +145,11 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
     best = job.folder / "best.pt"
     validation = list(job.work.slices("val").volumes()) if rank == 0 else []
 
-    def look(step: int) -> None:
+    def look(step: int) -> float:
         score = _mean(_scores(model, validation, store, experiment, "val", surface=False), experiment)
         if not best.exists() or score > checkpoint.load(best)["validation"]:
             checkpoint.save(best, {"network": model.state_dict(), "validation": score, "step": step})
+        return score
 
     outcome = _train(job, method, part, batches, rank, world, device, look)
     if rank:
@@ -227,9 +228,9 @@ def _train(
     rank: int,
     world: int,
     device: torch.device,
-    look: Callable[[int], None] | None = None,
+    look: Callable[[int], float] | None = None,
 ) -> loop.Outcome:
-    """The loop, with this stage's checkpoint, progress file, log and board."""
+    """The loop, with this stage's checkpoint, progress file, log and board; `look` gives the validation score of a step."""
     assert part.training is not None
     saved = job.folder / "checkpoint.pt"
     progress = Progress(job.folder, job.stage.steps)
@@ -254,7 +255,7 @@ def _train(
             on_step=on_step,
             save=lambda state: checkpoint.save(saved, state),
             save_seconds=job.chain.experiment.resources.checkpoint_seconds,
-            look=look,
+            look=(lambda step: board.scalars(step, {"validation": look(step)})) if look else None,
         )
 
 
