@@ -201,6 +201,18 @@ def predict(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A pretraining's or a fine-tuning's id.")],
+    target: Annotated[str, typer.Option("--to", help="monai, timm, nnunet or safetensors.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The file; default: the run's id in this folder.")] = None,
+) -> None:
+    """Write trained weights for another library, and print the lines of Python that load them."""
+    from medssl.platform import export as exports
+
+    typer.echo(exports.export(run, target, out))
+
+
+@app.command()
 def sweep(
     space: Annotated[str, typer.Argument(help="A file of search_spaces/, or a path to your own.")],
     data: DataName = "phantom",

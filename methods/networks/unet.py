@@ -83,9 +83,10 @@ class Encoder(nn.Module):
     def __init__(self, in_channels: int, config: Config):
         super().__init__()
         self.channels = tuple(config.width * 2**level for level in range(config.levels or LEVELS))
-        inputs, self.pooled = (in_channels, *self.channels[:-1]), config.down == "pool"
-        strides = [1, *(1 if self.pooled else 2 for _ in inputs[1:])]
-        self.blocks = nn.ModuleList(block(*ends, config, step) for *ends, step in zip(inputs, self.channels, strides, strict=True))
+        self.pooled = config.down == "pool"
+        strides = [1, *[1 if self.pooled else 2] * (len(self.channels) - 1)]
+        levels = zip((in_channels, *self.channels[:-1]), self.channels, strides, strict=True)
+        self.blocks = nn.ModuleList(block(above, own, config, stride) for above, own, stride in levels)
         self.centred = config.norm == "instance"
         self.pool = (nn.MaxPool2d if config.spatial_dims == 2 else nn.MaxPool3d)(2, ceil_mode=True)
 
