@@ -1,5 +1,7 @@
 """What must hold of every search space, present and future."""
 
+import inspect
+
 import optuna
 import pytest
 
@@ -45,3 +47,19 @@ def test_the_iou_arms_are_those_of_the_study():
         "[0.3, 0.6]": ((0.3, 0.6), "[]", "fixed"),
         "[0.6, 1]": ((0.6, 1), "[]", "fixed"),
     }
+
+
+def test_every_pretraining_method_that_takes_any_encoder_is_an_arm_of_the_methods():
+    modules = {name: find.load("method", name) for name in find.names("method")}
+    around_an_encoder = {name for name, module in modules.items() if "encoder" in inspect.signature(module.METHOD).parameters}
+    anywhere = {name for name in around_an_encoder if not hasattr(modules[name], "ENCODERS")}
+    arms = {label: built(settings).pretrain for label, settings in find.load("space", "methods").arms().items()}
+    assert arms.pop("from scratch") is None
+    assert {part.name for part in arms.values()} == anywhere
+
+
+def test_the_default_weights_are_an_arm_of_their_space():
+    vicreg = built(find.load("space", "loss-weights").arms()["25 : 25 : 1"])
+    assert vicreg.pretrain == built({"pretrain.name": "vicreg"}).pretrain
+    segmentation = find.load("space", "segmentation-weights")
+    assert built(segmentation.arms()[segmentation.CONTROL]).finetune == built({}).finetune
