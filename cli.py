@@ -267,12 +267,21 @@ def leaderboard(
     output: Annotated[str, typer.Option("--format", help="table, paper, md, csv or json.")] = "table",
     metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
     wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
+    pretrainings: Annotated[
+        bool,
+        typer.Option("--pretrainings", help="Loss, probe and features of every pretraining instead: table, md, csv, json."),
+    ] = False,
 ) -> None:
     """Arms with intervals, differences to the control, and what cannot be told apart.
 
     The unit of evidence is the pretraining: with k pretrainings against k, the smallest p an exact test can give is
     1/3 for k=2, 1/10 for k=3, 1/35 for k=4 and 1/126 for k=5.
     """
+    if pretrainings:
+        from medssl.platform import pretrainings as before
+
+        typer.echo(before.table(name, output))
+        return
     from medssl.platform import sweep as sweeps
 
     typer.echo(sweeps.leaderboard(name, output, metric, wanted))
