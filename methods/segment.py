@@ -45,7 +45,7 @@ class Config(settings.Chain):
     freeze_encoder: float = 0.0  # fraction of the steps, from the first, in which the encoder's weights stay as pretrained
     encoder_lr: float = 1.0  # learning rate of the encoder, as a multiple of everything else's
     zoom_p: float = 0.0
-    flip_p: float = 0.25
+    flip_p: float | tuple[float, ...] = 0.25
     rot90_p: float = 0.25
     intensity_scale_p: float = 0.15
     intensity_shift_p: float = 0.15

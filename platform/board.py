@@ -96,14 +96,18 @@ class Board:
 def side_by_side(views: Views) -> np.ndarray:
     """A row per slice, ROWS at most: its views, and its labels where there are any; 3D views show their middle.
 
+    Views smaller than the largest stand at the top of their row, on black.
+
     Returns (rows, columns, 3) uint8.
     """
     columns = [images[:, 0].float().cpu() for images in views.images]
+    height = max(column.shape[1] for column in columns)
     rows = []
     for row in range(min(ROWS, len(columns[0]))):
         panels = [_grey(_flat(column[row])) for column in columns]
         if views.labels is not None:
             panels.append(_painted(panels[0], _flat(views.labels[row].cpu())))
+        panels = [np.pad(panel, ((0, height - len(panel)), (0, 0), (0, 0))) for panel in panels]
         rows.append(np.concatenate(panels, 1))
     return _enlarged(np.concatenate(rows, 0), len(columns[0][0]))
 

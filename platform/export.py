@@ -111,19 +111,13 @@ def read(run: str) -> Trained:
     else:
         saved = checkpoint.load(folder / "best.pt")
         network.load_state_dict(saved["network"])
-        method, step = experiment.finetune, saved["step"]
-        chain = saved.get("chain") or " -> ".join([*_parent(site, said["parent"]), f"{experiment.finetune.name}:{store.name}"])
+        method, chain, step = experiment.finetune, saved["chain"], saved["step"]
     assert method is not None
     card = {"run": folder.name, "kind": said["kind"], "method": method.name, "chain": chain, "step": step, "seed": said["seed"]}
     card |= {"network": experiment.tree()["network"], "channels": store.channels, "classes": store.classes, "data": store.name}
     card |= {"preprocessing": dataclasses.asdict(store.preset), "licence": store.licence, "citation": store.citation}
     plain = json.loads(json.dumps(card | {"medssl": __version__}))
     return Trained(folder.name, network, experiment.network, store.channels, len(store.classes), plain)
-
-
-def _parent(site: Site, parent: str | None) -> list[str]:
-    """How the encoder of a fine-tuning came to be."""
-    return [checkpoint.load(site.stage(parent) / "encoder.pt")["card"]["chain"]] if parent else []
 
 
 def convert(trained: Trained, target: str) -> Foreign:

@@ -5,28 +5,44 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from medssl.platform.errors import UsageError
-from medssl.platform.plan import Stage
+from medssl.platform.plan import Chain, Stage
 from medssl.platform.site import Site
 from medssl.platform.sweep import Sweep
 
 SILENT = 300.0  # seconds without a sign of life after which a stage no longer counts as running
 
 
-def state(site: Site, folder: Path) -> dict[str, Any]:
-    """Finished, running and waiting stages of a sweep, and the seconds that are left."""
-    sweep = Sweep.open(folder)
+@dataclass
+class Seen:
+    """What an earlier look found and does not change: the chains of what was asked, and what finished stages left."""
+
+    asked: Any = None
+    chains: list[Chain] = field(default_factory=list)
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def state(site: Site, folder: Path, seen: Seen | None = None) -> dict[str, Any]:
+    """Finished, running and waiting stages of a sweep, and the seconds left; `seen` keeps what one look tells the next."""
+    sweep, seen = Sweep.open(folder), seen or Seen()
+    asked = (sweep.arms(), sweep.repeats(), sweep.k, sweep.m)
+    if asked != seen.asked:
+        seen.asked, seen.chains = asked, sweep.chains()
+    for identity in site.finished() - seen.done.keys():
+        if done := site.done(identity):
+            seen.done[identity] = done
     stages: dict[str, tuple[str, Stage]] = {}
-    for chain in sweep.chains():
+    for chain in seen.chains:
         for stage in chain.stages:
             stages.setdefault(stage.id, (f"{chain.arm} #{chain.index + 1}", stage))
     finished, running, pace = {}, [], {"pretrain": [0.0, 0], "finetune": [0.0, 0]}
     left = {"pretrain": 0, "finetune": 0}
     for identity, (arm, stage) in stages.items():
-        if done := site.done(identity):
+        if done := seen.done.get(identity):
             finished[identity] = {"arm": arm, "kind": stage.kind, **done}
             pace[stage.kind][0] += done["seconds"]
             pace[stage.kind][1] += stage.steps
@@ -97,7 +113,8 @@ class Watcher:
     def __init__(self, site: Site, folder: Path, say: Callable[[str], None]):
         self.site, self.folder, self.say = site, folder, say
         self.over = threading.Event()
-        self.told: set[str] = set(state(site, folder)["finished"])
+        self.seen = Seen()
+        self.told: set[str] = set(state(site, folder, self.seen)["finished"])
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
@@ -121,7 +138,7 @@ class Watcher:
                 return
 
     def _look(self, last: bool) -> None:
-        now = state(self.site, self.folder)
+        now = state(self.site, self.folder, self.seen)
         for identity, done in now["finished"].items():
             if identity not in self.told:
                 self.told.add(identity)

@@ -4,7 +4,7 @@ Bardes, Ponce and LeCun, "VICReg", ICLR 2022, https://arxiv.org/abs/2105.04906: 
 25, 25, 1 in the paper (sec. 4.2). The grid has these, equal weights, one without the covariance term as in their ablations, and
 each weight moved from theirs by itself. An arm without the variance term is left out: it collapses, as the paper shows.
 
-`suggest` leaves λ at 25: what AdamW does depends on the ratios of the weights and hardly on the scale of the whole loss.
+`suggest` leaves λ at 25: LARS goes by the direction of a gradient, so the ratios of the weights matter and their scale hardly.
 
 The weights of Dice against cross-entropy in fine-tuning are asked for by `segmentation_weights.py`.
 """
@@ -13,16 +13,19 @@ from typing import Any
 
 QUESTION = "Which weights of invariance, variance and covariance (VICReg) help most, and do any beat training from scratch?"
 CONTROL = "from scratch"
+DEFAULTS = {"pretrain.name": "vicreg"}
 WEIGHTS = ((25, 25, 1), (1, 1, 1), (25, 25, 0), (25, 25, 10), (25, 5, 1), (5, 25, 1))
 
 
 def weighed(invariance: float, variance: float, covariance: float) -> dict[str, Any]:
     weights = {"invariance": invariance, "variance": variance, "covariance": covariance}
-    return {"pretrain.name": "vicreg", **{f"pretrain.{term}": float(weight) for term, weight in weights.items()}}
+    return {f"pretrain.{term}": float(weight) for term, weight in weights.items()}
 
 
 def arms() -> dict[str, dict[str, Any]]:
-    return {"from scratch": {"pretrain": None}} | {" : ".join(map(str, weights)): weighed(*weights) for weights in WEIGHTS}
+    return {"from scratch": {"start.weights": None, "pretrain": None}} | {
+        " : ".join(map(str, weights)): weighed(*weights) for weights in WEIGHTS
+    }
 
 
 def suggest(trial: Any) -> dict[str, Any]:

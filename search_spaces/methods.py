@@ -6,19 +6,19 @@ heads of 8192 units included: days on a few cores. For an even comparison set wh
 `-o pretrain.training.steps=300 -o pretrain.training.batch=32`. What the pretrainings themselves look like is a table of its
 own: add `-o pretrain.training.probes=1` and ask `medssl leaderboard --pretrainings`.
 
-Methods that need another network than the U-Net are not among the arms: against a control with the U-Net, network and method
-would be confounded. Ask of them with `-o network.name=…`, which changes the network of all arms, in a space of your own.
+Methods that train no encoder but a Vision Transformer's are in `methods_vit.py`: beside a control with the U-Net, method and
+network would be confounded. `-o network.name=…` changes the network of all arms, the control's too.
 """
 
 from typing import Any
 
 QUESTION = "Which pretraining method makes the best segmentation, and does any beat training from scratch?"
 CONTROL = "from scratch"
-METHODS = ("barlow_twins", "byol", "mae", "moco", "simclr", "simsiam", "vicreg")  # a test holds them against methods/
+METHODS = ("barlow_twins", "byol", "dino", "mae", "moco", "simclr", "simsiam", "vicreg")  # a test holds them against methods/
 
 
 def arms() -> dict[str, dict[str, Any]]:
-    return {"from scratch": {"pretrain": None}} | {name: {"pretrain.name": name} for name in METHODS}
+    return {"from scratch": {"start.weights": None, "pretrain": None}} | {name: {"pretrain.name": name} for name in METHODS}
 
 
 def suggest(trial: Any) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def arms():
     return {"from scratch": {"pretrain": None}, "simsiam": {}, "byol": {"pretrain.name": "byol"}}
 """
 TINY = ["network.width=4", "network.levels=2", "pretrain.side=8", "pretrain.d=8", "pretrain.training.steps=4"]
-TINY += ["pretrain.training.batch=4", "finetune.side=16"]
+TINY += ["pretrain.training.batch=4", "pretrain.training.probes=1", "finetune.side=16"]
 
 
 @pytest.fixture
@@ -95,11 +95,11 @@ def swept(tmp_path, monkeypatch) -> Path:
     coarse = {"spacing_mm": (12.0, 12.0, 24.0), "pad": 32}
     store = catalogue.prepare(str(tmp_path / "tiny"), changes=coarse, workers=1, say=lambda text: None)
     (tmp_path / "which.py").write_text(SPACE)
-    request = sweep.Request(str(tmp_path / "which.py"), str(tmp_path / "tiny"), 1, 1, overrides=tuple(TINY))
+    request = sweep.Request(str(tmp_path / "which.py"), str(tmp_path / "tiny"), 1, 1, "grid", overrides=tuple(TINY))
     bound = sweep._bind(request, sweep.load_space(request.space), store)
     bound.save()
     atomic.write_json(bound.folder / "arms.json", sweep.load_space(request.space).arms())
-    single.pretrain("simsiam", str(tmp_path / "tiny"), 0, [], TINY, say=lambda text: None)
+    single.pretrain("simsiam", None, str(tmp_path / "tiny"), 0, [], TINY, say=lambda text: None)
     return bound.folder
 
 
@@ -114,8 +114,11 @@ def test_the_table_of_a_real_sweep(swept):
     (first, second) = json.loads(pretrainings.table(swept.name, "json"))
     assert first["steps"] == 4
     assert second["last_loss"] is None
+    assert 0 <= first["probe_dice"] <= 1
+    assert first["probe_rank_before"] != first["probe_rank"], "it has trained"
     text, markdown = pretrainings.table(swept.name, "table"), pretrainings.table(swept.name, "md")
-    assert "No frozen encoder was probed" in text
+    assert "1 of 2 pretrainings have not finished." in text
+    assert "probe Dice" in text
     assert len({line.count("|") for line in markdown.splitlines() if line.startswith("|")}) == 1
     with pytest.raises(UsageError, match="no format"):
         pretrainings.table(None, "paper")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.methods.gather import JointBatchNorm
@@ -115,9 +116,20 @@ class Decoder(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         *skips, x = maps
         for up, stage, skip in zip(self.ups, self.blocks, reversed(skips), strict=True):
-            crop = (..., *(slice(side) for side in skip.shape[2:]))  # an odd side was rounded up on the way down
-            x = stage(torch.cat([skip, up(x)[crop]], dim=1))
+            x = cut(up(x), skip.shape[2:])  # an odd side was rounded up on the way down
+            x = stage(torch.cat([skip, x], dim=1))
         return x
+
+
+def filled(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """Images (n, c, h, w) padded with 0 below and to the right, to at least `sides` pixels."""
+    missing = [max(wanted - side, 0) for wanted, side in zip(sides, x.shape[2:], strict=True)]
+    return F.pad(x, [pad for length in reversed(missing) for pad in (0, length)]) if any(missing) else x
+
+
+def cut(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """The first `sides` pixels of maps (n, c, h, w): `filled` undone."""
+    return x[(slice(None), slice(None), *(slice(side) for side in sides))]
 
 
 class UNet(nn.Module):
