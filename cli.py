@@ -208,6 +208,18 @@ def predict(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A pretraining's or a fine-tuning's id.")],
+    target: Annotated[str, typer.Option("--to", help="monai, timm, nnunet or safetensors.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The file; default: the run's id in this folder.")] = None,
+) -> None:
+    """Write trained weights for another library, and print the lines of Python that load them."""
+    from medssl.platform import export as exports
+
+    typer.echo(exports.export(run, target, out))
+
+
+@app.command()
 def sweep(
     space: Annotated[str, typer.Argument(help="A file of search_spaces/, or a path to your own.")],
     data: DataName = "phantom",
@@ -273,12 +285,22 @@ def leaderboard(
     metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
     wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
     phase: Annotated[str | None, typer.Option(help="search or confirm; default: confirm where there is one.")] = None,
+    pretrainings: Annotated[
+        bool,
+        typer.Option("--pretrainings", help="Loss, probe and features of every pretraining instead: table, md, csv, json."),
+    ] = False,
 ) -> None:
     """Arms with intervals, differences to the control, and what cannot be told apart.
 
     The unit of evidence is the pretraining: with k pretrainings against k, the smallest p an exact test can give is
     1/3 for k=2, 1/10 for k=3, 1/35 for k=4 and 1/126 for k=5.
     """
+    if pretrainings:
+        from medssl.platform import pretrainings as before
+
+        for name in names or (None,):
+            typer.echo(before.table(name, output))
+        return
     from medssl.platform import answers
 
     typer.echo(answers.answer(names or [], output, metric, wanted, sort, phase))

@@ -1,5 +1,6 @@
 """What must hold of every search space, present and future."""
 
+import inspect
 from pathlib import Path
 
 import optuna
@@ -152,3 +153,25 @@ def test_a_method_without_a_temperature_is_refused():
     space = find.load("space", "temperature")
     with pytest.raises(UsageError, match=r'unknown key "pretrain\.temperature"'):
         built({"pretrain.name": "byol", **space.arms()["0.1"]}, space)
+
+
+@pytest.mark.parametrize(("name", "network"), [("methods", "unet"), ("methods-vit", "unetr")])
+def test_every_pretraining_method_that_can_train_the_network_is_an_arm(name, network):
+    encoders = {method: find.constant("method", method, "ENCODERS", ()) for method in find.names("method")}
+    able = {
+        method
+        for method, networks in encoders.items()
+        if "encoder" in inspect.signature(find.load("method", method).METHOD).parameters and network in (networks or [network])
+    }
+    space = find.load("space", name)
+    arms = {label: built(settings, space) for label, settings in space.arms().items()}
+    assert {arm.network.name for arm in arms.values()} == {network}
+    assert arms.pop("from scratch").pretrain is None
+    assert {arm.pretrain.name for arm in arms.values()} == able
+
+
+def test_the_default_weights_are_an_arm_of_their_space():
+    vicreg = find.load("space", "loss-weights")
+    assert built(vicreg.arms()["25 : 25 : 1"], vicreg).pretrain == built({"pretrain.name": "vicreg"}, vicreg).pretrain
+    segmentation = find.load("space", "segmentation-weights")
+    assert built(segmentation.arms()[segmentation.CONTROL], segmentation).finetune == built({}, segmentation).finetune
