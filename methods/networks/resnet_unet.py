@@ -54,14 +54,15 @@ class Block(nn.Module):
     bottleneck   1x1, 3x3, 1x1 convolutions, the outer ones of four times the channels; else twice 3x3
     """
 
-    def __init__(self, inputs: int, inner: int, stride: int, bottleneck: bool, dims: int):
+    def __init__(self, inputs: int, inner: int, stride: int, bottleneck: bool, dims: int, dilation: int = 1):
         super().__init__()
         outputs = 4 * inner if bottleneck else inner
         if bottleneck:
             self.conv1, self.bn1 = convolution(inputs, inner, 1, dims), JointBatchNorm(inner)
-            self.conv2, self.bn2 = convolution(inner, inner, 3, dims, stride), JointBatchNorm(inner)
+            self.conv2, self.bn2 = convolution(inner, inner, 3, dims, stride, dilation), JointBatchNorm(inner)
             self.conv3, self.bn3 = convolution(inner, outputs, 1, dims), JointBatchNorm(outputs)
         else:
+            assert dilation == 1  # the second convolution of a block with a stride would need it too
             self.conv1, self.bn1 = convolution(inputs, inner, 3, dims, stride), JointBatchNorm(inner)
             self.conv2, self.bn2 = convolution(inner, outputs, 3, dims), JointBatchNorm(outputs)
         self.bottleneck = bottleneck
@@ -76,25 +77,27 @@ class Block(nn.Module):
         return F.relu(branch + (self.downsample(x) if self.downsample else x), inplace=True)
 
 
-def convolution(inputs: int, outputs: int, kernel: int, dims: int, stride: int = 1) -> nn.Module:
+def convolution(inputs: int, outputs: int, kernel: int, dims: int, stride: int = 1, dilation: int = 1) -> nn.Module:
     """Without a bias, which the batch norm after it would remove; sides are divided by the stride and rounded up."""
-    return (nn.Conv2d if dims == 2 else nn.Conv3d)(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    kind, padding = nn.Conv2d if dims == 2 else nn.Conv3d, dilation * (kernel // 2)
+    return kind(inputs, outputs, kernel, stride, padding, dilation, bias=False)
 
 
-def stage(inputs: int, inner: int, blocks: int, stride: int, bottleneck: bool, dims: int) -> nn.Sequential:
-    """Blocks of equal width, the first of which changes resolution and channels."""
+def stage(inputs: int, inner: int, blocks: int, stride: int, bottleneck: bool, dims: int, dilation: int = 1) -> nn.Sequential:
+    """Blocks of equal width, the first of which changes resolution and channels; only those after it are dilated."""
     outputs = 4 * inner if bottleneck else inner
     first = Block(inputs, inner, stride, bottleneck, dims)
-    return nn.Sequential(first, *(Block(outputs, inner, 1, bottleneck, dims) for _ in range(blocks - 1)))
+    return nn.Sequential(first, *(Block(outputs, inner, 1, bottleneck, dims, dilation) for _ in range(blocks - 1)))
 
 
 class Encoder(nn.Module):
     """The residual network: an image (n, c, h, w) to five maps, from the finest (1/2) to the coarsest (1/32).
 
+    dilated    (50 layers) the last stage keeps 1/16, its 3x3 convolutions after the first being dilated by 2: see `deeplab.py`
     channels   of each map, in the same order
     """
 
-    def __init__(self, in_channels: int, config: Config):
+    def __init__(self, in_channels: int, config: Config, dilated: bool = False):
         super().__init__()
         w, dims, bottleneck = config.width, config.spatial_dims, config.layers == 50
         e, blocks = 4 if bottleneck else 1, BLOCKS[config.layers]
@@ -104,7 +107,7 @@ class Encoder(nn.Module):
         self.layer1 = stage(w, w, blocks[0], 1, bottleneck, dims)
         self.layer2 = stage(e * w, 2 * w, blocks[1], 2, bottleneck, dims)
         self.layer3 = stage(2 * e * w, 4 * w, blocks[2], 2, bottleneck, dims)
-        self.layer4 = stage(4 * e * w, 8 * w, blocks[3], 2, bottleneck, dims)
+        self.layer4 = stage(4 * e * w, 8 * w, blocks[3], 1 if dilated else 2, bottleneck, dims, 2 if dilated else 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):  # He et al. 2015, https://arxiv.org/abs/1502.01852
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
