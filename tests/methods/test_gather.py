@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from medssl.methods import barlow_twins, gather, mae, simclr, vicreg
+from medssl.methods import barlow_twins, gather, mae, pdcr, simclr, vicreg
 from medssl.methods.networks import unetr
 from medssl.methods.networks.unet import Config, UNet
 from medssl.methods.protocol import UNLABELLED, Step, Views
@@ -78,6 +78,18 @@ def segment(dice_over: Literal["slice", "batch"] = "slice") -> Whole:
     return Whole(method, lambda part: method.loss(Views([images[part]], labels=labels[part]), Step(0, 1)).total)
 
 
+def contrasted() -> Whole:
+    """PDCR's three terms; the second worker has no label at all."""
+    network = UNet(1, 3, Config(width=4, levels=2, norm="batch"))
+    maps = ("encoder.blocks.0", "encoder.blocks.1")
+    settings = {"encoder": maps, "encoder_samples": (8, 4), "decoder": ("decoder.blocks.0",), "decoder_samples": (4,)}
+    hook = pdcr.PDCR(network, pdcr.Config(cross=maps, cross_samples=4, cross_stride=2, **settings))
+    method = Segment(network, SegmentConfig(), (hook,))
+    images, labels = torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8, 8, 8))
+    labels[1, :5] = labels[3] = labels[5:] = UNLABELLED
+    return Whole(method, lambda part: method.loss(Views([images[part]], labels=labels[part]), Step(0, 1)).total)
+
+
 def paired(method: Callable[[nn.Module], nn.Module]) -> Whole:
     """A method of two views, batch norm in its encoder."""
     model = method(UNet(1, 2, Config(width=4, levels=2, norm="batch")).encoder)
@@ -104,6 +116,7 @@ CASES: dict[str, Callable[[], Whole]] = {
     "vicreg": lambda: paired(lambda encoder: vicreg.VICReg(encoder, vicreg.Config(side=8, d=16, hidden=12))),
     "mae, U-Net": lambda: masked(UNet(1, 2, Config(width=4, levels=2, norm="batch")).encoder),
     "mae, ViT": lambda: masked(unetr.Encoder(1, unetr.Config(patch=8, d=8, depth=4, heads=2, grid=2))),
+    "pdcr": contrasted,
     "segment, Dice over the batch": lambda: segment("batch"),
 }
 
