@@ -85,7 +85,8 @@ def methods(as_json: Json = False) -> None:
     kinds = {kind: {name: find.summary(kind, name) for name in find.names(kind)} for kind in find.FOLDERS}
     lines = []
     for kind, entries in kinds.items():
-        lines += [f"{kind}s ({find.FOLDERS[kind]}/)", *(f"  {name:<22} {text}" for name, text in entries.items())]
+        plural = f"{kind}es" if kind == "bench" else f"{kind}s"
+        lines += [f"{plural} ({find.FOLDERS[kind]}/)", *(f"  {name:<22} {text}" for name, text in entries.items())]
     _print(kinds, as_json, "\n".join(lines))
 
 

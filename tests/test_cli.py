@@ -19,7 +19,7 @@ from medssl.platform import find
 README = (find.ROOT / "README.md").read_text()
 COMMANDS = [
     "doctor", "methods", "data list", "data prepare", "data check", "data show", "pretrain", "finetune", "evaluate",
-    "predict", "sweep", "status", "stop", "leaderboard", "bench",
+    "predict", "export", "sweep", "status", "stop", "leaderboard", "report", "bench",
 ]  # fmt: skip
 Typed = Callable[..., tuple[int, str, str]]
 
