@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from medssl.platform import atomic, catalogue, config, find, ledger, plan
+from medssl.platform import atomic, catalogue, config, find, ledger, plan, spending, trackers
 from medssl.platform.config import Experiment
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain
@@ -156,7 +156,7 @@ def _bind(request: Request, space: ModuleType, store: Store) -> Sweep:
     base = layers(request.data, request.files, request.overrides)
     split = catalogue.split(store, config.build(config.suited(store.defaults, base)).data.split)
     name = Path(request.space).stem.replace("_", "-")
-    what = [base, store.defaults, store.content_hash, dataclasses.asdict(split), request.search]
+    what = [_decisive(base), store.defaults, store.content_hash, dataclasses.asdict(split), request.search]
     what.append(space.arms() if request.search == "grid" else Path(str(space.__file__)).read_text())
     folder = Site.here().runs / "sweeps" / f"{name}-{store.name}-{config.digest(what)[:6]}"
     k, m = request.k, request.m
@@ -168,17 +168,71 @@ def _bind(request: Request, space: ModuleType, store: Store) -> Sweep:
     )
 
 
-def dry_run(request: Request, say: Say) -> str:
-    """The plan of a request, as text. Imports neither torch nor ray."""
+def _decisive(base: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree without the resources that only move work around: with others of those, it is the same sweep."""
+    workers = (base.get("resources") or {}).get("workers", 1)
+    kept = {section: value for section, value in base.items() if section != "resources"}
+    return kept if workers == 1 else kept | {"resources": {"workers": workers}}
+
+
+def dry_run(
+    request: Request,
+    say: Say,
+    *,
+    address: str | None = None,
+    price: float | None = None,
+    wanted: float = 0.01,
+    calibrate: bool = False,
+) -> str:
+    """The plan of a request, as text. Imports neither torch (unless to calibrate) nor ray (unless to ask a cluster)."""
     space, controls, grid = _check(request)
     store = catalogue.open_store(request.data, say=say)
     sweep = _bind(request, space, store)
     split = catalogue.split(store, sweep.split)
     arms = {label: plan.resolve(sweep.experiment(settings), store, split) for label, settings in (grid or controls).items()}
     text = plan.describe(arms, sweep.k, sweep.m, store, split, Site.here().finished())
+    chains = [plan.chain(label, n, sweep.m, one, store, split) for label, one in arms.items() for n in range(sweep.k)]
     if grid is None:
         text += f"\nsearch   {request.search}: up to {request.trials} more arms, losing ones stopped after a pretraining"
+        searched = plan.resolve(sweep.experiment({}), store, split)  # as many chains, of indices that no arm has
+        more = range(sweep.k, sweep.k * (1 + request.trials))
+        chains += [plan.chain("searched", index, sweep.m, searched, store, split) for index in more]
+    text += _outlook(sweep, chains, len(arms) - 1, say, address=address, price=price, wanted=wanted, calibrate=calibrate)
     return f"{space.QUESTION}\n{text}\nsmallest p that {sweep.k} pretrainings per arm can give: {smallest_p(sweep.k):.3g}"
+
+
+def _outlook(
+    sweep: Sweep,
+    chains: list[Chain],
+    comparisons: int,
+    say: Say,
+    *,
+    address: str | None,
+    price: float | None,
+    wanted: float,
+    calibrate: bool,
+) -> str:
+    """The lines of a plan about time, money, storage and power."""
+    from medssl.platform import planner
+
+    site, store = Site.here(), Store.open(sweep.store)
+    split = catalogue.split(store, sweep.split)
+    base = sweep.experiment({})
+    measured = {}
+    if calibrate:
+        from medssl.platform import calibrate as calibration
+
+        measured = calibration.measure(chains, store, split, say)
+    if address:
+        with connected(address):
+            hands = planner.cluster()
+    else:
+        hands = planner.this_machine()
+    at_once = _share(base.resources, hands.resources)[1]
+    found = planner.noise(site, store, split, base.evaluate.metric)
+    lines = planner.describe(chains, site, hands, at_once, planner.Paces(site, measured), price)
+    lines += planner.power(found, sweep.k, sweep.m, max(comparisons, 1), wanted)
+    return "".join(f"\n{line}" for line in lines)
 
 
 def smallest_p(k: int) -> float:
@@ -188,9 +242,21 @@ def smallest_p(k: int) -> float:
     return min(1.0, 2 / math.comb(2 * k, k))
 
 
-def run(request: Request, *, time_budget: str | None, address: str | None, wanted: float = 0.01, say: Say) -> str:
+def run(
+    request: Request,
+    *,
+    time_budget: str | None,
+    address: str | None,
+    wanted: float = 0.01,
+    price: float | None = None,
+    max_cost: float | None = None,
+    say: Say,
+) -> str:
     """Do what is missing of a sweep and answer with its leaderboard."""
+    if max_cost is not None and price is None:
+        raise UsageError("--max-cost needs --price, what one machine costs per hour in the same currency")
     space, controls, grid = _check(request)
+    trackers.check(config.build(layers(request.data, request.files, request.overrides)).resources.trackers, Site.here().runs)
     seconds = _seconds(time_budget)
     with ThreadPoolExecutor(1) as beside:
         preparing = beside.submit(catalogue.open_store, request.data, say)
@@ -204,18 +270,38 @@ def run(request: Request, *, time_budget: str | None, address: str | None, wante
                     raise RunError(f"{sweep.folder.name} is being run by another process; `medssl status` shows it")
                 sweep.save()
                 (sweep.folder / "stop").unlink(missing_ok=True)
-                failed = _fit(sweep, controls, grid, getattr(space, "suggest", None), request.trials, seconds, say)
+                meter = spending.Meter(sweep.folder, price=price, limit=max_cost, machines=_machines)
+                failed: dict[str, str] = {}
+                if not meter.exhausted:
+                    failed = _fit(sweep, controls, grid, getattr(space, "suggest", None), request.trials, seconds, meter, say)
     if failed:
         with contextlib.suppress(RunError):  # nothing to rank: the reasons say enough
             say(leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted))
         raise RunError("; ".join(f'arm "{label}" failed: {why}' for label, why in failed.items()))
     stages = {stage.id for chain in sweep.chains() for stage in chain.stages}
     left = stages - Site.here().finished()
-    if left and sweep.search == "grid":  # a search leaves repeats of losing arms out on purpose
-        say(f"stopped with {len(left)} of {len(stages)} stages to go; type the sweep again to continue it")
+    if left and (sweep.search == "grid" or meter.exhausted):  # a search leaves repeats of losing arms out on purpose
+        say(f"stopped with {len(left)} of {len(stages)} stages to go{_missing(sweep, meter)}")
         if not any(ledger.holds(Site.here().runs, stage) for stage in stages):
             return "no fine-tuning has finished yet"
     return leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted)
+
+
+def _missing(sweep: Sweep, meter: spending.Meter) -> str:
+    """What a sweep that stopped still needs, and how to go on."""
+    from medssl.platform import planner
+
+    now = meter.now
+    left = planner.to_go(sweep.chains(), Site.here(), now.at_once or 1, now.machines, now.price)
+    if meter.exhausted:
+        return f"{left}; it has cost {now.money:,.2f} of --max-cost {meter.limit:g}: type it again with more to continue it"
+    return f"{left}; type the sweep again to continue it"
+
+
+def _machines() -> int:
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 def _fit(
@@ -225,6 +311,7 @@ def _fit(
     suggest: Any,
     trials: int,
     seconds: float | None,
+    meter: spending.Meter,
     say: Say,
 ) -> dict[str, str]:
     """Let Ray Tune run every missing chain; returns the arms that failed, with their reasons."""
@@ -245,6 +332,7 @@ def _fit(
     study = search.open_study(sweep.folder, cast(search.Kind, sweep.search), seed=sweep.experiment({}).seed)
     nested = search.NestedSearch(study, controls, grid, suggest, k=sweep.k, trials=trials, record=record)
     share, at_once = _share(resources, ray.cluster_resources())
+    meter.places(at_once)
     shared = ray.remote(num_cpus=1)(_arrays).remote(sweep.store, sweep.split)
     trainable = tune.with_resources(tune.with_parameters(_trial, sweep=sweep, shared=[shared]), share)
     tuner = tune.Tuner(
@@ -259,7 +347,7 @@ def _fit(
             failure_config=tune.FailureConfig(max_failures=resources.retries),
         ),
     )
-    with watch.Watcher(Site.here(), sweep.folder, say):
+    with watch.Watcher(Site.here(), sweep.folder, say, meter):
         tuner.fit()
     return {arm.label: arm.failed for arm in nested.arms.values() if arm.failed}
 
@@ -280,7 +368,7 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
         experiment = plan.resolve(sweep.experiment(settings["settings"]), store, split)
         chain = plan.chain(settings["arm"], settings["index"], sweep.m, experiment, store, split)
         site = Site(data=sweep.store.parent, runs=sweep.folder.parent.parent)
-        work = stages.Work(site, sweep.store, split, ray.get(shared[0]))
+        work = stages.Work(site, sweep.store, split, ray.get(shared[0]), sweep.folder.name)
         stages.run_chain(chain, work, lambda scores: tune.report({"score": sum(scores) / len(scores), "failed": ""}))
     except (UsageError, RunError, ValueError) as error:  # the same would happen again: no retry
         tune.report({"score": float("nan"), "failed": str(error)})
