@@ -21,9 +21,10 @@ app = typer.Typer(
 data_app = typer.Typer(help="Prepare, check and look at data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-Files = Annotated[list[Path] | None, typer.Option("-p", "--preset", help="YAML files of settings, stacked left to right.")]
+Files = Annotated[list[Path] | None, typer.Option("-p", "--preset", help="YAML files or names of presets, stacked.")]
 Overrides = Annotated[list[str] | None, typer.Option("-o", "--override", help="One setting by dotted name: key=value.")]
 DataName = Annotated[str, typer.Option("--data", help="A data set, a prepared set, or a folder of scans.")]
+From = Annotated[str | None, typer.Option("--from", help="A pretraining's id, or a file of weights; without it, from scratch.")]
 Dims = Annotated[
     int | None,
     typer.Option(min=2, max=3, help="3: train on whole volumes, 2: on slices (default); short for -o network.spatial_dims=3."),
@@ -78,13 +79,13 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """The methods, networks, search spaces and data sets that can be named."""
+    """The methods, networks, presets, search spaces and data sets that can be named."""
     from medssl.platform import find
 
     kinds = {kind: {name: find.summary(kind, name) for name in find.names(kind)} for kind in find.FOLDERS}
     lines = []
     for kind, entries in kinds.items():
-        lines += [f"{kind}s ({find.FOLDERS[kind]}/)", *(f"  {name:<16} {text}" for name, text in entries.items())]
+        lines += [f"{kind}s ({find.FOLDERS[kind]}/)", *(f"  {name:<22} {text}" for name, text in entries.items())]
     _print(kinds, as_json, "\n".join(lines))
 
 
@@ -145,31 +146,37 @@ def data_show(
 @app.command()
 def pretrain(
     method: Annotated[str, typer.Argument(help="A file of methods/.")],
+    start: From = None,
     data: DataName = "phantom",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
     spatial_dims: Dims = None,
+    index: Annotated[int, typer.Option(min=0, help="Which of the k pretrainings of a sweep's arm.")] = 0,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
-    """Pretrain one encoder."""
+    """Pretrain one encoder, fresh or from given weights."""
     from medssl.platform import single
 
-    typer.echo(single.pretrain(method, data, seed, files or [], _dimensioned(overrides, spatial_dims), say=_aside))
+    options = _dimensioned(overrides, spatial_dims)
+    typer.echo(single.pretrain(method, start, data, seed, files or [], options, say=_aside, index=index))
 
 
 @app.command()
 def finetune(
-    start: Annotated[str | None, typer.Option("--from", help="A pretraining's id; without it, from scratch.")] = None,
+    start: From = None,
     data: DataName = "phantom",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
     spatial_dims: Dims = None,
+    index: Annotated[int, typer.Option(min=0, help="Which of the k pretrainings of a sweep's arm.")] = 0,
+    number: Annotated[int, typer.Option(min=0, help="Which fine-tuning of that pretraining.")] = 0,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a segmentation network, from a pretraining or from scratch, and score it on the test patients."""
+    """Train a segmentation network, from given weights or from scratch, and score it on the test patients."""
     from medssl.platform import single
 
-    typer.echo(single.finetune(start, data, seed, files or [], _dimensioned(overrides, spatial_dims), say=_aside))
+    given = (start, data, seed, files or [], _dimensioned(overrides, spatial_dims))
+    typer.echo(single.finetune(*given, say=_aside, index=index, number=number))
 
 
 @app.command()
@@ -201,13 +208,34 @@ def predict(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A pretraining's or a fine-tuning's id.")],
+    target: Annotated[str, typer.Option("--to", help="monai, timm, nnunet or safetensors.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The file; default: the run's id in this folder.")] = None,
+) -> None:
+    """Write trained weights for another library, and print the lines of Python that load them."""
+    from medssl.platform import export as exports
+
+    typer.echo(exports.export(run, target, out))
+
+
+@app.command()
 def sweep(
     space: Annotated[str, typer.Argument(help="A file of search_spaces/, or a path to your own.")],
     data: DataName = "phantom",
     pretrainings: Annotated[int, typer.Option(min=1, help="Pretrainings per arm (k).")] = 2,
     finetunings: Annotated[int, typer.Option(min=1, help="Fine-tunings of each pretraining (m).")] = 2,
-    search: Annotated[str, typer.Option(help="grid, tpe, gp or random.")] = "grid",
-    trials: Annotated[int, typer.Option(min=1, help="Arms that a searcher may ask for.")] = 20,
+    search: Annotated[
+        str | None, typer.Option(help="grid, race, tpe, gp or random; default: what the space says, else grid.")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Arms that tpe, gp or random may ask for.")] = 20,
+    confirm: Annotated[
+        int | None,
+        typer.Option(min=0, help="Fresh pretrainings of the leading arms and the control; default: 5, after a grid none."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Also print which arms no other beats in score and gpu-hours, or labels.")
+    ] = None,
     time_budget: Annotated[str | None, typer.Option(help="Stop after this long: 90s, 30m, 8h.")] = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster; default: this machine.")] = None,
     wanted: Annotated[float, typer.Option(help="The difference in the metric that would matter to you.")] = 0.01,
@@ -226,8 +254,8 @@ def sweep(
     """Run every arm of a question, repeats included, and print the leaderboard. Typed again, it does only what is missing."""
     from medssl.platform import sweep as sweeps
 
-    settings = tuple(_dimensioned(overrides, spatial_dims))
-    request = sweeps.Request(space, data, pretrainings, finetunings, search, trials, tuple(files or ()), settings)
+    given = (tuple(files or ()), tuple(_dimensioned(overrides, spatial_dims)))
+    request = sweeps.Request(space, data, pretrainings, finetunings, search, trials, *given, confirm)
     if dry_run:
         planned = sweeps.dry_run(request, _aside, address=address, price=price, wanted=wanted, calibrate=calibrate)
         typer.echo(planned)
@@ -235,7 +263,14 @@ def sweep(
     if calibrate:
         raise UsageError("--calibrate measures for a plan: add --dry-run")
     answer = sweeps.run(
-        request, time_budget=time_budget, address=address, wanted=wanted, price=price, max_cost=max_cost, say=_aside
+        request,
+        time_budget=time_budget,
+        address=address,
+        wanted=wanted,
+        against=against,
+        price=price,
+        max_cost=max_cost,
+        say=_aside,
     )
     typer.echo(answer)
 
@@ -269,19 +304,46 @@ def stop(name: Annotated[str | None, typer.Argument(help="A sweep; default: the 
 
 @app.command()
 def leaderboard(
-    name: Annotated[str | None, typer.Argument(help="A sweep; default: the newest.")] = None,
-    output: Annotated[str, typer.Option("--format", help="table, paper, md, csv or json.")] = "table",
+    names: Annotated[list[str] | None, typer.Argument(help="Sweeps; default: the newest.")] = None,
+    output: Annotated[str, typer.Option("--format", help="table, paper, md, csv, json or html.")] = "table",
+    sort: Annotated[str, typer.Option(help="mean, arm, or difference to the control, largest first.")] = "mean",
     metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
     wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
+    phase: Annotated[str | None, typer.Option(help="search or confirm; default: confirm where there is one.")] = None,
+    pretrainings: Annotated[
+        bool,
+        typer.Option("--pretrainings", help="Loss, probe and features of every pretraining instead: table, md, csv, json."),
+    ] = False,
 ) -> None:
     """Arms with intervals, differences to the control, and what cannot be told apart.
 
     The unit of evidence is the pretraining: with k pretrainings against k, the smallest p an exact test can give is
     1/3 for k=2, 1/10 for k=3, 1/35 for k=4 and 1/126 for k=5.
     """
-    from medssl.platform import sweep as sweeps
+    if pretrainings:
+        from medssl.platform import pretrainings as before
 
-    typer.echo(sweeps.leaderboard(name, output, metric, wanted))
+        for name in names or (None,):
+            typer.echo(before.table(name, output))
+        return
+    from medssl.platform import answers
+
+    typer.echo(answers.answer(names or [], output, metric, wanted, sort, phase))
+
+
+@app.command()
+def report(
+    name: Annotated[str | None, typer.Argument(help="A sweep; default: the newest.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file; default: report.html in the sweep's folder.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for every figure as PNG and SVG.")] = None,
+    metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
+    wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
+) -> None:
+    """One HTML file with the answer of a sweep, finished or not: verdict, figures, and how to reproduce every number."""
+    from medssl.platform import report as reports
+
+    for path in reports.write(name, out, figures, metric, wanted, say=_aside):
+        typer.echo(str(path))
 
 
 @app.command()

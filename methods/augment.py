@@ -194,8 +194,13 @@ def _resize(image: Tensor, corner: Tensor, extent: Tensor, side: int, geometry: 
 
 
 def draw_geometry(n: int, spatial_dims: int, chain: Chain, rng: Generator) -> Geometry:
-    """Zoom, flips and quarter turns for n patches, each operation with its own probability per patch."""
+    """Zoom, flips and quarter turns for n patches, each operation with its own probability per patch.
+
+    Raises ValueError where `chain.flip_p` names another number of axes than `spatial_dims`.
+    """
     device = rng.device
+    if isinstance(chain.flip_p, tuple) and len(chain.flip_p) != spatial_dims:
+        raise ValueError(f"flip_p is {chain.flip_p}: expected one probability, or one for each of {spatial_dims} axes")
     zoom = _uniform((n,), chain.zoom, rng)
     turns = torch.randint(1, 4, (n,), generator=rng, device=device)
     return Geometry(
@@ -387,8 +392,9 @@ def _concerned(drawn: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- draws
 
 
-def _drawn(shape: tuple[int, ...], p: float, rng: Generator) -> Tensor:
-    return torch.rand(shape, generator=rng, device=rng.device) < p
+def _drawn(shape: tuple[int, ...], p: float | tuple[float, ...], rng: Generator) -> Tensor:
+    chance = torch.tensor(p, device=rng.device) if isinstance(p, tuple) else p
+    return torch.rand(shape, generator=rng, device=rng.device) < chance
 
 
 def _uniform(shape: tuple[int, ...], bounds: tuple[float, float], rng: Generator) -> Tensor:

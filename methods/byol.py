@@ -14,9 +14,9 @@ that paper's.
 
 Differences from the paper: images are slices, the two views are crops whose IoU lies in `iou`, both through the chain of
 `augment.py` instead of the paper's two unequal ones, and the encoder is that of a segmentation network. A linear layer
-before a batch norm has no bias, for the norm removes it, nor have the heads' last layers. The paper trains with LARS at
-batches of 4096; batches here are of hundreds and there is no LARS: AdamW, whose step too does not depend on the size of
-the gradient, with a learning rate usual for it. That rate is a starting point for a search, not a value of the paper.
+before a batch norm has no bias, for the norm removes it, nor have the heads' last layers. LARS and its rate are the paper's
+(0.2 · batch / 256, sec. 3.3) at a batch of hundreds, where the paper's is 4096. `optimizer=adamw` wants a rate of its own,
+about 3e-4.
 Transfers: the student's encoder, the one that the paper keeps (sec. 3.1) and the optimizer trained. The teacher's is a
 late average of it, and equal to it at the limit. Projector, predictor and teacher are dropped.
 """
@@ -39,21 +39,24 @@ from medssl.methods.teacher import Teacher, cosine_momentum
 class Config(settings.PairCrops, settings.Chain):
     d: int = 256  # size of z and q, sec. 3.3
     hidden: int = 4096  # hidden size of projector and predictor, sec. 3.3
+    predictor_hidden: int | None = None  # of the predictor alone; None: `hidden` (ACDC study: 8192)
     momentum: float = 0.996  # of the teacher at the first step, from where it rises to 1, sec. 3.3 (SSL-MedSeg on ACDC: 0.99)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.d, self.hidden) < 1:
-            raise ValueError(f"d is {self.d} and hidden {self.hidden}: expected at least 1")
+        if min(self.d, self.hidden) < 1 or (self.predictor_hidden is not None and self.predictor_hidden < 1):
+            raise ValueError(
+                f"d is {self.d}, hidden {self.hidden} and predictor_hidden {self.predictor_hidden}: expected at least 1"
+            )
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum is {self.momentum}: expected 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training(settings.Training):
-    optimizer: settings.Optimizer = "adamw"  # the paper: LARS
-    lr: float = 3e-4
-    weight_decay: float = 1.5e-6
+    optimizer: settings.Optimizer = "lars"  # sec. 3.3
+    lr: float = 0.1  # at batch 128: 0.2 · batch / 256
+    weight_decay: float = 1.5e-6  # not on biases and norms, sec. 3.3
     warmup: float = 0.01  # 10 of 1000 epochs
     end_lr: float = 0.0
     epochs: float = 1000
@@ -69,7 +72,7 @@ class BYOL(nn.Module):
         features = cast("tuple[int, ...]", encoder.channels)[-1]
         self.encoder = encoder
         self.projector = head(features, config.hidden, config.d)
-        self.predictor = head(config.d, config.hidden, config.d)
+        self.predictor = head(config.d, config.predictor_hidden or config.hidden, config.d)
         self.teacher_encoder = Teacher(encoder)
         self.teacher_projector = Teacher(self.projector)
 

@@ -11,7 +11,7 @@ algorithm 1, as SimCLR, BYOL, Barlow Twins and VICReg use it. For each tensor w 
 Biases and the parameters of normalisations take the same step with r = 1 and, in `optimizers.decay_groups`, λ = 0.
 
 Differences from the paper: the denominator is |g + λ w| instead of |g| + λ |w|, and the learning rate stands outside the
-momentum, as in the code of the methods named above; both agree with the paper where λ is small and the rate constant.
+momentum, as in the code of Barlow Twins and VICReg; both agree with the paper where λ is small and the rate constant.
 `clip_lr` is the variant of the ACDC study (SSL-MedSeg, by solo-learn): r ← min(r / lr, 1), so that a tensor moves by r u but
 never by more than plain SGD would; the rate is then a bound instead of a factor. That study takes η = 0.02.
 """

@@ -17,6 +17,11 @@ def pair_views(batch: Batch, config: PairCrops, rng: Generator, name: str) -> Vi
     name     of the method, for errors
     Raises ValueError where the side is not known, or no slice can hold a pair.
     """
+    return held_views(batch, config, rng, name)[1]
+
+
+def held_views(batch: Batch, config: PairCrops, rng: Generator, name: str) -> tuple[Batch, Views]:
+    """`pair_views`, and the batch of the slices that they show, for methods that take more from the same slices."""
     assert isinstance(config, Chain)  # the type of "both" has no name
     side = config.side
     if side is None:
@@ -27,7 +32,8 @@ def pair_views(batch: Batch, config: PairCrops, rng: Generator, name: str) -> Vi
         held = pair.held
         if not held.any():
             raise ValueError(f"{name}: no slice of this batch can hold such a pair; lower pretrain.side or change pretrain.iou")
-        image, iou = image[held], iou[held]
+        batch = {key: value[held] for key, value in batch.items()}
+        image, iou = batch["image"], iou[held]
         corners, extents = [c[held] for c in corners], [e[held] for e in extents]
     resized = config.crop == "resized"  # else boxes are known to have `side` pixels, without asking the device
     views = [
@@ -35,7 +41,7 @@ def pair_views(batch: Batch, config: PairCrops, rng: Generator, name: str) -> Vi
         for corner, extent in zip(corners, extents, strict=True)
     ]
     drawn = {"iou": iou.float().mean(), "skipped": (~pair.held).sum().float()}
-    return Views(views, corners, extents, monitors=drawn)
+    return batch, Views(views, corners, extents, monitors=drawn)
 
 
 def feature(maps: Sequence[Tensor]) -> Tensor:

@@ -80,7 +80,12 @@ class Loss:
 
 
 class Method(Protocol):
-    """A method is an nn.Module with these five verbs; its file ends in `METHOD = TheClass`."""
+    """A method is an nn.Module with these five verbs; its file ends in `METHOD = TheClass`.
+
+    It is built around an encoder, whose forward gives maps from the finest to the coarsest and whose `channels` are theirs.
+    A method that asks more of it, such as patch tokens, says at the top of its file which networks have such encoders:
+    `ENCODERS = ("unetr",)`, a literal, read without importing the file. Others are then refused before anything starts.
+    """
 
     def augment(self, batch: Batch, rng: Generator) -> Views:
         """All randomness of a step, batched, on the batch's device; equal generators give equal views."""

@@ -1,7 +1,8 @@
 """Segmentation as a method: supervised, semi-supervised and fine-tuning run through the same loop as pretraining.
 
-The loss is the sum of soft Dice and cross-entropy, "DiceCE": Milletari, Navab and Ahmadi, "V-Net", 3DV 2016,
-https://arxiv.org/abs/1606.04797, in the form of MONAI's DiceCELoss (softmax, background included, per-slice Dice):
+The loss is the weighted sum (`dice`, `cross_entropy`; by default 1 : 1) of soft Dice and cross-entropy, "DiceCE": Milletari,
+Navab and Ahmadi, "V-Net", 3DV 2016, https://arxiv.org/abs/1606.04797, in the form of MONAI's DiceCELoss (softmax, background
+included, per-slice Dice):
 
     y        one-hot label, p softmax of the logits            (n, k, s, s)
     dice     mean over n and k of  1 - (2 Σ p y + ε) / (Σ p + Σ y + ε)
@@ -36,13 +37,15 @@ class Config(settings.Chain):
     side: int | None = None  # pixels of a crop; None: 96, or less where the slices are smaller
     crops: int = 2  # per slice and step
     balanced: bool = True  # centre a crop on foreground or background, each half of the time; else anywhere
+    dice: float = 1.0  # weight of the Dice term
+    cross_entropy: float = 1.0  # and of the other
     dice_over: Literal["slice", "batch"] = (
         "slice"  # what Dice is taken over; "batch" (nnU-Net's choice in 2D) lets rare classes learn
     )
     freeze_encoder: float = 0.0  # fraction of the steps, from the first, in which the encoder's weights stay as pretrained
     encoder_lr: float = 1.0  # learning rate of the encoder, as a multiple of everything else's
     zoom_p: float = 0.0
-    flip_p: float = 0.25
+    flip_p: float | tuple[float, ...] = 0.25
     rot90_p: float = 0.25
     intensity_scale_p: float = 0.15
     intensity_shift_p: float = 0.15
@@ -53,6 +56,10 @@ class Config(settings.Chain):
         super().__post_init__()
         if self.crops < 1 or (self.side is not None and self.side < 1):
             raise ValueError(f"crops is {self.crops} and side {self.side}: expected at least 1")
+        if min(self.dice, self.cross_entropy) < 0 or self.dice + self.cross_entropy == 0:
+            raise ValueError(
+                f"dice is {self.dice} and cross_entropy {self.cross_entropy}: expected weights of at least 0, not both 0"
+            )
         if not 0 <= self.freeze_encoder <= 1 or self.encoder_lr <= 0:
             raise ValueError(
                 f"freeze_encoder is {self.freeze_encoder}, encoder_lr {self.encoder_lr}: expected 0 to 1, and more than 0"
@@ -114,7 +121,11 @@ class Segment(nn.Module):
         if labels is None:
             raise ValueError("segment: these views carry no labels; make them with Segment.augment")
         logits = self.network(images)
-        terms = {"dice": dice_loss(logits, labels, self.config.dice_over), "cross_entropy": cross_entropy(logits, labels)}
+        config = self.config
+        terms = {
+            "dice": config.dice * dice_loss(logits, labels, config.dice_over),
+            "cross_entropy": config.cross_entropy * cross_entropy(logits, labels),
+        }
         for hook in self.hooks:
             added = hook.terms(Pass(views, logits), step)
             if shared := terms.keys() & added.keys():

@@ -32,6 +32,8 @@ class Training:
     accumulate: int = 1  # micro-batches per optimizer step
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     evaluations: int = 10  # evenly spaced looks at the validation patients; the best one is kept (fine-tuning only)
+    snapshots: tuple[int | float, ...] = ()  # also keep the encoder here: steps, or, below 1, fractions of them
+    probes: int = 0  # evenly spaced looks at the frozen encoder, and one before the first step (pretraining only)
     stop_on_collapse: bool = True  # end a pretraining whose features have collapsed (see `platform/loop.py`)
 
     def __post_init__(self) -> None:
@@ -41,6 +43,10 @@ class Training:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"{name} is {value}: expected more than 0")
+        if any(place <= 0 or (place > 1 and place != int(place)) for place in self.snapshots):
+            raise ValueError(f"snapshots are {self.snapshots}: expected whole steps from 1, or fractions between 0 and 1")
+        if self.probes < 0:
+            raise ValueError(f"probes is {self.probes}: expected at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}: expected 0 <= beta < 1")
         if self.end_weight_decay is not None and self.end_weight_decay < 0:
@@ -87,7 +93,7 @@ class Chain:
 
     zoom: tuple[float, float] = (0.8, 1.2)
     zoom_p: float = 0.75
-    flip_p: float = 0.5  # per axis
+    flip_p: float | tuple[float, ...] = 0.5  # of every axis alike, or of rows, columns (and slices) each its own
     rot90_p: float = 0.5
     intensity_scale: float = 0.1  # x (1 + f), f uniform in ±
     intensity_scale_p: float = 0.75
@@ -100,10 +106,48 @@ class Chain:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name.endswith("_p") and not 0 <= value <= 1:
+            each = value if isinstance(value, tuple) else (value,)
+            if name.endswith("_p") and not all(0 <= p <= 1 for p in each):
                 raise ValueError(f"{name} is {value}: a probability lies in [0, 1]")
         if not 0 < self.zoom[0] <= self.zoom[1] or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"zoom {self.zoom} and blur_sigma {self.blur_sigma}: expected 0 < low <= high")
         super_check = getattr(super(), "__post_init__", None)
         if super_check:
             super_check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfDistillation(PairCrops, Chain):
+    """Views, head and teacher of DINO (see `dino.py`) and of what is built on it."""
+
+    crop: Literal["fixed", "resized"] = "resized"
+    scale: tuple[float, float] = (0.4, 1.0)  # of the global views
+    local_crops: int = 8  # small views of each slice, besides the two global ones; 0: none
+    local_side: int | None = None  # pixels of a local view; None: about 3/7 of `side`, as 96 of 224
+    local_scale: tuple[float, float] = (0.05, 0.4)  # area of a local view's box, as a fraction of the slice
+    hidden: int = 2048  # hidden size of the head
+    bottleneck: int = 256  # what it ends in before the prototypes
+    prototypes: int = 65536  # K; memory and time of a step grow with it, and small data need few (CT study: 1024)
+    temperature: float = 0.1  # of the student
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)  # at the first step, and after `teacher_warmup`
+    teacher_warmup: float = 0.1  # fraction of the steps: 30 of 300 epochs
+    momentum: float = 0.996  # of the teacher at the first step, from where it rises to 1
+    centre_momentum: float = 0.9
+    freeze_last_layer: float = 1 / 300  # fraction of the steps in which the prototypes do not move: the first epoch
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.local_crops < 0 or (self.local_side is not None and self.local_side < 1):
+            raise ValueError(f"local_crops is {self.local_crops} and local_side {self.local_side}: expected at least 0 and 1")
+        if not 0 < self.local_scale[0] <= self.local_scale[1] <= 1:
+            raise ValueError(f"local_scale is {self.local_scale}: expected 0 < low <= high <= 1")
+        for name in ("hidden", "bottleneck", "prototypes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        for name in ("teacher_warmup", "momentum", "centre_momentum", "freeze_last_layer"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 to 1")
+        if min(self.temperature, *self.teacher_temperature) <= 0:
+            raise ValueError(
+                f"temperature is {self.temperature} and teacher_temperature {self.teacher_temperature}: expected more than 0"
+            )

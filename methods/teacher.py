@@ -9,7 +9,7 @@ part of the method's state, and every worker, doing the same arithmetic on the s
 
 import copy
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,21 @@ from medssl.methods.protocol import Step
 class Teacher(nn.Module):
     """A copy of `student` as it is now, whose outputs carry no gradient.
 
-    Mode: like any submodule it is in the mode of its method. While that trains, the teacher's batch norms use the
-    statistics of its own batch, as in both papers; in eval mode they use the student's running ones, which `update` copies.
+    Mode: normalisations are in the mode of the method. While that trains, the teacher's batch norms use the statistics of
+    its own batch, as in both papers; in eval mode they use the student's running ones, which `update` copies. Everything
+    else is in eval mode always: targets come without dropout and drop path, as in DINO (https://arxiv.org/abs/2104.14294).
     """
 
     def __init__(self, student: nn.Module):
         super().__init__()
         self.network = copy.deepcopy(student).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self.network.modules():
+            module.training = mode and isinstance(module, nn.modules.batchnorm._NormBase)
+        return self
 
     @torch.no_grad()
     def forward(self, x: Any) -> Any:

@@ -17,8 +17,9 @@ over dimensions. The two variances are summed as in eq. 6; the authors' code hal
 batch of all workers.
 
 Differences from the paper: images are slices, the two views are crops whose IoU lies in `iou` with the chain of a study on
-abdominal CT, the encoder is that of a segmentation network. AdamW replaces LARS (sec. 4.2), so the learning rate is not the
-paper's, nor are the batch of 2048 and the 1000 epochs.
+abdominal CT, the encoder is that of a segmentation network. LARS and its rate are the paper's (0.2 · batch / 256, sec. 4.2), at
+a batch of 128 instead of 2048 and for 100 epochs instead of 1000. `optimizer=adamw` wants a rate of its own, about 3e-4: on the
+phantom (batch 64, width 8, d 512, 500 steps, one seed) it took the loss from 39.01 to 38.37, LARS to 38.41.
 Transfers: the encoder. The expander is dropped.
 """
 
@@ -57,11 +58,11 @@ class Config(settings.PairCrops, settings.Chain):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(settings.Training):
-    optimizer: settings.Optimizer = "adamw"  # paper: LARS
-    lr: float = 3e-4  # for AdamW at batch 128; not tuned
+    optimizer: settings.Optimizer = "lars"  # sec. 4.2
+    lr: float = 0.1  # at batch 128: 0.2 · batch / 256, sec. 4.2
     weight_decay: float = 1e-6  # sec. 4.2
     warmup: float = 0.1  # 10 epochs, sec. 4.2
-    end_lr: float = 3e-7  # a thousandth of the peak, as in the authors' code
+    end_lr: float = 1e-4  # a thousandth of the peak, as in the authors' code
     epochs: float = 100  # paper: 1000
     batch: int = 128  # paper: 2048
     stop_on_collapse: bool = False  # the loss itself keeps views apart; young features may still look collapsed

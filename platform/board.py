@@ -1,4 +1,4 @@
-"""TensorBoard and the log file of a stage: scalars, the first views, predictions."""
+"""TensorBoard, history and log file of a stage: scalars, the first views, predictions."""
 
 import json
 import time
@@ -13,6 +13,7 @@ from torch import Tensor
 from medssl.methods import crops
 from medssl.methods.protocol import UNLABELLED, Batch, Method, Views
 from medssl.platform import atomic
+from medssl.platform.history import History
 from medssl.platform.records import Volume
 from medssl.platform.trackers import Runs
 
@@ -36,17 +37,20 @@ class Board:
 
             self.writer = SummaryWriter(str(self.folder / "tensorboard"))
             self.log = (self.folder / "log.txt").open("a")
+            self.history = History(self.folder)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.folder:
             self.writer.close()
             self.log.close()
+            self.history.close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if self.folder:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+            self.history.add(step, values)
             if self.runs:
                 self.runs.log(step, values)
             rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
@@ -95,14 +99,18 @@ class Board:
 def side_by_side(views: Views) -> np.ndarray:
     """A row per slice, ROWS at most: its views, and its labels where there are any; 3D views show their middle.
 
+    Views smaller than the largest stand at the top of their row, on black.
+
     Returns (rows, columns, 3) uint8.
     """
     columns = [images[:, 0].float().cpu() for images in views.images]
+    height = max(column.shape[1] for column in columns)
     rows = []
     for row in range(min(ROWS, len(columns[0]))):
         panels = [_grey(_flat(column[row])) for column in columns]
         if views.labels is not None:
             panels.append(_painted(panels[0], _flat(views.labels[row].cpu())))
+        panels = [np.pad(panel, ((0, height - len(panel)), (0, 0), (0, 0))) for panel in panels]
         rows.append(np.concatenate(panels, 1))
     return _enlarged(np.concatenate(rows, 0), len(columns[0][0]))
 

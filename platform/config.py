@@ -1,13 +1,15 @@
 """The configuration of a run: files stacked left to right, dotted overrides, every key and type checked before anything starts.
 
     data       which prepared set, how many labelled patients
+    start      the weights that the encoder begins from; null: random ones
     network    name (a file of methods/networks/) and its settings
     pretrain   name (a file of methods/) and its settings, `training` below it; null: from scratch
     finetune   the same, for the supervised stage
     evaluate   how volumes are predicted and scored
     resources  where and how often, without effect on results
 
-`-p a.yaml -p b.yaml` stacks mappings; `-o pretrain.training.lr=0.05` sets one key. Torch is never imported here.
+`-p a.yaml -p b.yaml` stacks mappings, a name such as `-p simsiam-ct` is a preset of methods/presets/, and
+`-o pretrain.training.lr=0.05` sets one key. Torch is never imported here.
 """
 
 import dataclasses
@@ -30,12 +32,30 @@ RESULTS_VERSION = 1  # raised whenever a change alters results: every stage's ha
 class Data:
     name: str = "phantom"  # a data set of platform/datasets/, a prepared set, or a folder of scans
     labelled: int | None = None  # labelled training patients that fine-tuning may use; None: all
+    labelled_slices: int | None = None  # of their slices; None: all
     split: str = "seed-0"  # a file of the prepared set's splits/; seed-N is drawn by patients on first use
     stream: Literal["auto", "node", "ray"] = "auto"  # one copy in memory per node, or streamed from disk by Ray Data
 
     def __post_init__(self) -> None:
         if self.labelled is not None and self.labelled < 1:
             raise ValueError(f"labelled is {self.labelled}: at least 1 labelled patient, or null for all")
+        if self.labelled_slices is not None and self.labelled_slices < 1:
+            raise ValueError(f"labelled_slices is {self.labelled_slices}: at least 1 labelled slice, or null for all")
+        if self.labelled_slices is not None and self.stream == "ray":
+            raise ValueError("labelled_slices picks slices in memory, stream=ray reads whole volumes; use stream=node")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where an encoder begins. With a pretraining, `weights` is what that begins from; without one, what fine-tuning does."""
+
+    weights: str | None = None  # a medssl pretraining (its id, a beginning of it, its folder), or a file of weights
+    step: int | float | None = None  # fine-tune from the pretraining's snapshot here, not from its end; below 1: a fraction
+    partial: bool = False  # accept weights of which only a part fits the network
+
+    def __post_init__(self) -> None:
+        if self.step is not None and (self.step <= 0 or (self.step > 1 and self.step != int(self.step))):
+            raise ValueError(f"step is {self.step}: expected a whole step from 1, or a fraction of the steps between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +105,7 @@ class Experiment:
     evaluate: Evaluate
     resources: Resources
     seed: int = 0
+    start: Start = Start()
     given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the tree it was built from
 
     @property
@@ -104,6 +125,7 @@ class Experiment:
         return {
             "seed": self.seed,
             "data": dataclasses.asdict(self.data),
+            "start": dataclasses.asdict(self.start),
             "network": part(self.network),
             "pretrain": part(self.pretrain),
             "finetune": part(self.finetune),
@@ -170,9 +192,11 @@ def override(text: str) -> tuple[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A `-p` file."""
+    """A `-p` file; where there is none and the name has no suffix, the preset of that name in methods/presets/."""
     import yaml
 
+    if not path.suffix and not path.is_file():
+        path = find.path("preset", str(path))
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError as error:
@@ -194,16 +218,31 @@ def build(tree: Mapping[str, Any]) -> Experiment:
     seed = tree.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UsageError(f"seed: expected a whole number, got {seed!r}")
+    network = _part("network", "network", tree["network"])
+    pretrain = None if tree["pretrain"] is None else _part("method", "pretrain", tree["pretrain"])
+    if pretrain:
+        _refuse_encoder(pretrain.name, network.name)
     return Experiment(
         data=_dataclass(Data, tree.get("data") or {}, "data"),
-        network=_part("network", "network", tree["network"]),
-        pretrain=None if tree["pretrain"] is None else _part("method", "pretrain", tree["pretrain"]),
+        network=network,
+        pretrain=pretrain,
         finetune=_part("method", "finetune", tree["finetune"]),
         evaluate=_dataclass(Evaluate, tree.get("evaluate") or {}, "evaluate"),
         resources=_dataclass(Resources, tree.get("resources") or {}, "resources"),
         seed=seed,
+        start=_dataclass(Start, tree.get("start") or {}, "start"),
         given=tree,
     )
+
+
+def _refuse_encoder(method: str, network: str) -> None:
+    """A method that declares its ENCODERS works with the encoders of these networks alone."""
+    encoders = find.constant("method", method, "ENCODERS", ())
+    if encoders and network.replace("-", "_") not in encoders:
+        raise UsageError(
+            f"pretrain.name={method} cannot train the encoder of network.name={network}, only that of {' or '.join(encoders)}; "
+            f"add -o network.name={encoders[0]}"
+        )
 
 
 def _part(kind: str, section: str, tree: Any) -> Part:

@@ -22,6 +22,7 @@ from medssl.platform.records import Part, Score, Volume
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
 Device = torch.device | str | None
@@ -95,7 +96,17 @@ def score(
 
 
 def picture(volume: Volume, prediction: Tensor, *, slices: int = 4) -> "NDArray[Any]":
-    """A labelled volume from its worst slice to its best, reference and prediction outlined: RGB uint8 (h, w, 3).
+    """What `outlined` draws, as RGB uint8 (h, w, 3)."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(outlined(volume, prediction, slices=slices))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def outlined(volume: Volume, prediction: Tensor, *, slices: int = 4) -> "Figure":
+    """A labelled volume from its worst slice to its best, reference and prediction outlined.
 
     prediction   (d, h, w) class ids
     slices       how many to show, evenly spaced in the order of their foreground Dice
@@ -105,7 +116,6 @@ def picture(volume: Volume, prediction: Tensor, *, slices: int = 4) -> "NDArray[
     """
     # without pyplot, which would keep every figure
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     assert volume.label is not None, "nothing to compare with"
@@ -122,9 +132,7 @@ def picture(volume: Volume, prediction: Tensor, *, slices: int = 4) -> "NDArray[
         axes.set_title(f"slice {index}, Dice {dice[index]:.2f}", fontsize=9)
         _contours(axes, reference[index], "solid")
         _contours(axes, prediction[index], "dashed")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The name you type is the file that opens: methods, networks, spaces, data sets and benches are found by listing a folder."""
+"""The name you type is the file that opens: methods, networks, presets, spaces, data sets and benches, found by listing."""
 
 import ast
 import dataclasses
@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
     "method": "methods",
     "network": "methods/networks",
+    "preset": "methods/presets",
     "space": "search_spaces",
     "dataset": "platform/datasets",
     "bench": "platform/benches",
@@ -31,17 +32,22 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
 
 def names(kind: str) -> list[str]:
     """Every name of a kind, sorted. A method is a file of methods/ with a `METHOD`; the other folders hold one kind each."""
-    files = sorted((ROOT / FOLDERS[kind]).glob("[a-z]*.py"))
+    files = sorted((ROOT / FOLDERS[kind]).glob(f"[a-z]*{_suffix(kind)}"))
     if kind == "method":
         files = [file for file in files if "\nMETHOD" in file.read_text()]
-    return [file.stem.replace("_", "-") if kind == "space" else file.stem for file in files]
+    return sorted(file.stem.replace("_", "-") if kind == "space" else file.stem for file in files)
 
 
 def path(kind: str, name: str) -> Path:
     """The file that defines `name`. Raises UsageError with the nearest name."""
     if name.replace("_", "-") not in [known.replace("_", "-") for known in names(kind)]:
         raise UsageError(f'no {kind} "{name}" in {FOLDERS[kind]}/; {nearest(name, names(kind))}')
-    return ROOT / FOLDERS[kind] / f"{name.replace('-', '_')}.py"
+    stem = name.replace("_", "-") if kind == "preset" else name.replace("-", "_")
+    return ROOT / FOLDERS[kind] / f"{stem}{_suffix(kind)}"
+
+
+def _suffix(kind: str) -> str:
+    return ".yaml" if kind == "preset" else ".py"
 
 
 def load(kind: str, name: str) -> ModuleType:
@@ -51,8 +57,19 @@ def load(kind: str, name: str) -> ModuleType:
 
 
 def summary(kind: str, name: str) -> str:
-    """The first line of a file's docstring."""
+    """The first line of a file's docstring, of a preset its first comment."""
+    if kind == "preset":
+        return path(kind, name).read_text().partition("\n")[0].removeprefix("#").strip()
     return (ast.get_docstring(ast.parse(path(kind, name).read_text())) or "").partition("\n")[0]
+
+
+@functools.cache
+def constant(kind: str, name: str, constant_name: str, default: typing.Any = None) -> typing.Any:
+    """The literal that a file gives a name at its top level (`NAME = …`), read from its source without importing it."""
+    for node in ast.parse(path(kind, name).read_text()).body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == [constant_name]:
+            return ast.literal_eval(node.value)
+    return default
 
 
 @functools.cache

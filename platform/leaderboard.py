@@ -5,21 +5,17 @@ permutation of pretrainings, with Holm's correction over the arms; arms are comp
 What the design cannot say is None in a row, and a sentence in the notes says why.
 """
 
-import csv
 import dataclasses
-import io
 import itertools
-import json
 import math
 import string
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from medssl.platform import statistics
+from medssl.platform import statistics, words
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.find import nearest
 from medssl.platform.metrics import CONTRACT, LEGACY
@@ -28,7 +24,6 @@ from medssl.platform.statistics import Array
 
 ALPHA = 0.05  # chance of one false claim in a family of comparisons
 POWER = 0.8
-WIDTH = 100  # columns of the table
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,12 @@ class Row:
     p_holm: float | None = None  # over all comparisons with the control
     best_probability: float | None = None
     needed: int | None = None  # pretrainings of this arm and of the control to see the wanted difference, 80 % power
+    control: str = ""  # the arm that it is compared with; itself: it is a control
+
+    @property
+    def told(self) -> bool:
+        """Whether the arm was told apart from the control."""
+        return self.p_holm is not None and self.p_holm <= ALPHA
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,18 @@ class Leaderboard:
     """Rows from the best mean to the worst, arms without any score last."""
 
     metric: str
-    control: str
+    control: str  # of the arms that have none of their own
     wanted: float
     patients: int
     smallest_p: float | None  # the smallest that any comparison with the control could have given
     verdict: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+
+    @property
+    def called(self) -> str:
+        """The control in words."""
+        return f"`{self.control}`" if all(row.control == self.control for row in self.rows) else "its control"
 
 
 @dataclass(frozen=True)
@@ -94,13 +100,16 @@ class _Arm:
         return len(self.scores) / sum(1 / len(scores) for scores in self.scores)
 
 
-def rank(runs: Sequence[Run], control: str, *, metric: str, wanted: float = 0.01) -> Leaderboard:
+def rank(
+    runs: Sequence[Run], control: str, *, metric: str, wanted: float = 0.01, compare: Mapping[str, str] | None = None
+) -> Leaderboard:
     """Put the arms of one data contract in order and say which differences are more than chance.
 
     runs        every fine-tuning, scored on the same patients; one without a finite score counts as failed
     control     the arm that the others are compared with
     metric      name of the score; distances, which end in "_mm", are better when smaller
     wanted      the smallest difference worth having, in the metric's unit
+    compare     arms with a control of their own (itself: an arm that is a control); one family holds all comparisons
     Raises UsageError when there are no runs, no such control or no positive `wanted`; RunError when runs were scored on
     different patients, or one of them twice.
     """
@@ -108,17 +117,19 @@ def rank(runs: Sequence[Run], control: str, *, metric: str, wanted: float = 0.01
     sign = -1.0 if metric.endswith("_mm") else 1.0
     arms = sorted(_arms(runs), key=lambda arm: -sign * arm.means.mean() if arm.scores else math.inf)
     scored = [arm for arm in arms if arm.scores]
-    reference = next((arm for arm in scored if arm.name == control), None)
-    rivals = [arm for arm in scored if arm is not reference] if reference else []
-    p, smallest = _permutations([(arm.means, reference.means) for arm in rivals if reference])
+    against = {arm.name: (compare or {}).get(arm.name, control) for arm in arms}
+    by_name = {arm.name: arm for arm in scored}
+    rivals = [arm for arm in scored if against[arm.name] != arm.name and against[arm.name] in by_name]
+    p, smallest = _permutations([(arm.means, by_name[against[arm.name]].means) for arm in rivals])
     tests = {arm.name: both for arm, *both in zip(rivals, p.tolist(), statistics.holm(p).tolist(), strict=True)}
-    letters = _letters(scored, control, {name: p_holm for name, (_, p_holm) in tests.items()})
+    letters = _letters(scored, against, {name: p_holm for name, (_, p_holm) in tests.items()})
     pooled = statistics.components([arm.scores for arm in scored])
     best = _best(scored, pooled, sign)
     rows = []
     for arm in arms:
-        row = _summary(arm, letters.get(arm.name, ""), best.get(arm.name))
-        if reference and arm.name in tests:
+        row = dataclasses.replace(_summary(arm, letters.get(arm.name, ""), best.get(arm.name)), control=against[arm.name])
+        if arm.name in tests:
+            reference = by_name[row.control]
             row = _compared(row, arm, reference, *tests[arm.name])
             row = dataclasses.replace(row, needed=_needed(arm, reference, pooled, wanted, len(rivals)))
         rows.append(row)
@@ -126,6 +137,25 @@ def rank(runs: Sequence[Run], control: str, *, metric: str, wanted: float = 0.01
     board = Leaderboard(metric, control, wanted, len(patients), smallest, verdict="", rows=tuple(rows), notes=())
     notes = tuple(_notes(board, arms, _undefined(runs)))
     return dataclasses.replace(board, verdict=_verdict(board, sign), notes=notes)
+
+
+ORDERS = ("mean", "arm", "difference")
+
+
+def ordered(board: Leaderboard, by: str) -> Leaderboard:
+    """The same rows in another order: `mean`, the best first; `arm`, by name; `difference` to the control, the largest first
+    in either direction, the control and what cannot be compared with it last.
+
+    Raises UsageError for another order.
+    """
+    if by not in ORDERS:
+        raise UsageError(f"--sort {by}: {nearest(by, ORDERS)}")
+    if by == "mean":
+        return board
+    if by == "arm":
+        return dataclasses.replace(board, rows=tuple(sorted(board.rows, key=lambda row: row.arm)))
+    far = sorted(board.rows, key=lambda row: math.inf if row.difference is None else -abs(row.difference))
+    return dataclasses.replace(board, rows=tuple(far))
 
 
 def _check(runs: Sequence[Run], control: str, wanted: float) -> None:
@@ -145,7 +175,7 @@ def _check(runs: Sequence[Run], control: str, wanted: float) -> None:
             odd = sorted(other.by_patient.keys() ^ first.by_patient.keys())
             raise RunError(
                 f"{_name(first)} and {_name(other)} were not scored on the same patients "
-                f"({_some(odd)} in one of them only); evaluate all runs on one split"
+                f"({words.some(odd)} in one of them only); evaluate all runs on one split"
             )
 
 
@@ -224,22 +254,24 @@ def _permutations(pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, float | 
     return p, min((statistics.smallest_p(*sizes) for sizes in by_size), default=None)
 
 
-def _letters(arms: Sequence[_Arm], control: str, p_holm: Mapping[str, float]) -> dict[str, str]:
+def _letters(arms: Sequence[_Arm], against: Mapping[str, str], p_holm: Mapping[str, float]) -> dict[str, str]:
     """One letter for each largest set of arms of which no two were told apart.
 
-    A pair with the control follows `p_holm`; the pairs of other arms are a family of their own.
+    A pair of an arm and its control follows `p_holm`; the other pairs are a family of their own.
     """
     differ = np.zeros((len(arms), len(arms)), bool)
-    others = [index for index, arm in enumerate(arms) if arm.name != control]
-    pairs = list(itertools.combinations(others, 2))
+    places = {arm.name: index for index, arm in enumerate(arms)}
+    tested = {name: places.get(against[name]) for name in p_holm}
+    couples = {frozenset((places[name], place)) for name, place in tested.items() if place is not None}
+    pairs = [pair for pair in itertools.combinations(range(len(arms)), 2) if frozenset(pair) not in couples]
     reach = min((statistics.smallest_p(len(arms[i].scores), len(arms[j].scores)) for i, j in pairs), default=1.0)
     if reach * len(pairs) <= ALPHA:  # otherwise no pair can be told apart, whatever the scores
         p, _ = _permutations([(arms[i].means, arms[j].means) for i, j in pairs])
         for (i, j), adjusted in zip(pairs, statistics.holm(p), strict=True):
             differ[i, j] = differ[j, i] = adjusted <= ALPHA
-    for index, arm in enumerate(arms):
-        if arm.name == control:
-            differ[index] = differ[:, index] = [p_holm.get(other.name, 1.0) <= ALPHA for other in arms]
+    for name, place in tested.items():
+        if place is not None:
+            differ[places[name], place] = differ[place, places[name]] = p_holm[name] <= ALPHA
     letters: dict[str, str] = {}
     for number, members in enumerate(statistics.groups(differ)):
         letter = string.ascii_letters[number] if number < len(string.ascii_letters) else f"({number + 1})"
@@ -268,20 +300,20 @@ def _needed(arm: _Arm, control: _Arm, pooled: statistics.Components, wanted: flo
 
 def _verdict(board: Leaderboard, sign: float) -> str:
     """The answer in plain words."""
-    control = f"`{board.control}`"
+    control = board.called
     compared = [row for row in board.rows if row.p_holm is not None]
-    if not any(row.runs for row in board.rows if row.arm == board.control):
+    if not compared and not any(row.runs for row in board.rows if row.arm == board.control):
         return f"The control {control} has no run with a score: nothing can be compared with it."
     if not compared or board.smallest_p is None:
         return f"Only the control {control} has runs with a score: there is nothing to compare it with."
-    family = f"Holm over {_count(len(compared), 'comparison')}"
-    told = [row for row in compared if _told(row)]
+    family = f"Holm over {words.count(len(compared), 'comparison')}"
+    told = [row for row in compared if row.told]
     if told:
         better = [row.arm for row in told if sign * (row.difference or 0.0) > 0]
         worse = [row.arm for row in told if row.arm not in better]
         same = [row.arm for row in compared if row not in told]
         found = {f"better than {control}": better, f"worse than {control}": worse, "cannot be told apart from it": same}
-        answer = "; ".join(f"{what}: {_some(names)}" for what, names in found.items() if names)
+        answer = "; ".join(f"{what}: {words.some(names)}" for what, names in found.items() if names)
         answer = f"{answer[0].upper()}{answer[1:]} (p ≤ {ALPHA} after {family})."
     else:
         answer = f"No arm can be told apart from {control} with {_design(board.rows)}: "
@@ -289,17 +321,17 @@ def _verdict(board: Leaderboard, sign: float) -> str:
             least = f"the smallest possible p is {board.smallest_p:.2g}"
             answer += f"{least}." if board.smallest_p > ALPHA else f"{least}, too large for {family}."
         else:
-            answer += f"the smallest p after {family} is {_p(min(row.p_holm or 0.0 for row in compared))}."
+            answer += f"the smallest p after {family} is {words.p_value(min(row.p_holm or 0.0 for row in compared))}."
     return f"{answer} {_outlook(board, compared)}"
 
 
 def _outlook(board: Leaderboard, compared: Sequence[Row]) -> str:
     """What it would take to see the wanted difference."""
-    wanted = f"a difference of {_number(board.wanted)}"
+    wanted = f"a difference of {words.number(board.wanted)}"
     counts = [row.needed for row in compared if row.needed is not None]
     if not counts:
         return f"How many pretrainings would show {wanted} cannot be said: no arm shows how far pretrainings scatter."
-    chance = f"{_chance(POWER)} power, {_chance(ALPHA)} over the family"
+    chance = f"{words.chance(POWER)} power, {words.chance(ALPHA)} over the family"
     if min(row.k for row in board.rows if row.k) >= max(counts):
         return f"These repeats are enough to see {wanted} ({chance})."
     return f"About {max(counts):,} pretrainings per arm, fine-tuned as often as now, are needed to see {wanted} ({chance})."
@@ -310,25 +342,25 @@ def _notes(board: Leaderboard, arms: Sequence[_Arm], undefined: Sequence[str]) -
     scored = [arm for arm in arms if arm.scores]
     for arm in arms:
         if arm.failed:
-            runs = _count(arm.failed + sum(map(len, arm.scores)), "run")
+            runs = words.count(arm.failed + sum(map(len, arm.scores)), "run")
             caution = "; the arm may look too good" if arm.scores else ""
             yield f"Left out: {arm.failed} of {runs} of `{arm.name}`, without a finite score{caution}."
     if undefined:
         yield (
-            f"{len(undefined)} of {_count(board.patients, 'patient')} have no defined score in some runs "
-            f"and are left out there: {_some(undefined)}."
+            f"{len(undefined)} of {words.count(board.patients, 'patient')} have no defined score in some runs "
+            f"and are left out there: {words.some(undefined)}."
         )
     sizes = {len(group) for arm in scored for group in arm.scores}
     if len({len(arm.scores) for arm in scored}) > 1 or len(sizes) > 1:
         yield f"Unequal repeats ({_design(board.rows)}): a pretraining counts once, however many its fine-tunings."
     if single := [arm.name for arm in scored if len(arm.scores) == 1]:
-        yield f"One pretraining only, hence no interval: {_some(single)}."
+        yield f"One pretraining only, hence no interval: {words.some(single)}."
     if alike := [row.arm for row in board.rows if row.k > 1 and row.low is None]:
-        yield f"Pretrainings scored exactly alike, hence no interval: {_some(alike)}. Check that their seeds differ."
+        yield f"Pretrainings scored exactly alike, hence no interval: {words.some(alike)}. Check that their seeds differ."
     if close := [arm.name for arm in scored if statistics.components([arm.scores]).between_raw < 0]:
         yield (
             "Pretrainings closer together than the noise of their fine-tunings allows, which is chance (sd between shown "
-            f"as 0, interval probably too narrow): {_some(close)}."
+            f"as 0, interval probably too narrow): {words.some(close)}."
         )
     if sizes == {1}:
         yield "With m=1 the sd between pretrainings includes the noise of fine-tuning."
@@ -344,12 +376,12 @@ def _legend(board: Leaderboard) -> Iterable[str]:
     )
     compared = [row for row in board.rows if row.p is not None]
     if board.smallest_p is not None:
-        k = next(row.k for row in board.rows if row.arm == board.control)
-        sampled = any(math.comb(row.k + k, k) > statistics.RELABELINGS for row in compared)
+        k = {row.arm: row.k for row in board.rows}
+        sampled = any(math.comb(row.k + k[row.control], row.k) > statistics.RELABELINGS for row in compared)
         how = f"{statistics.RELABELINGS:,} random relabelings, seed 0" if sampled else "exact"
         yield (
             f"p: two-sided permutation of pretrainings between arm and control ({how}), the smallest possible being "
-            f"{board.smallest_p:.2g}; Holm over {_count(len(compared), 'comparison')}."
+            f"{board.smallest_p:.2g}; Holm over {words.count(len(compared), 'comparison')}."
         )
         yield (
             "Group: arms that share a letter cannot be told apart; with the control as Holm says, between other arms by "
@@ -369,136 +401,8 @@ def _undefined(runs: Sequence[Run]) -> list[str]:
     return sorted({patient for run in scored for patient, score in run.by_patient.items() if math.isnan(score)})
 
 
-def render(board: Leaderboard, format: str = "table") -> str:
-    """The leaderboard as text: `table` for people, `paper` as the IoU study prints it, `md`, `csv`, `json`.
-
-    People's formats round to 3 decimals; csv and json keep every digit, None as an empty cell and null.
-    Raises UsageError for another format.
-    """
-    formats = {"table": _table, "paper": _paper, "md": _markdown, "csv": _csv, "json": _json}
-    if format not in formats:
-        raise UsageError(f'no leaderboard format "{format}"; {nearest(format, formats)}')
-    return formats[format](board)
-
-
-def _table(board: Leaderboard) -> str:
-    """For a terminal, at most 100 columns; in colour when standard output is one."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column(Text(f"\narm ({board.metric})"), overflow="fold", min_width=8)
-    titles = ["\nk×m", "\nmean", "95 %\ninterval", "sd\nbetw.", "sd\nwithin", "to\ncontrol", "95 %\ninterval"]
-    for title in [*titles, "\np", "\nHolm", "\nbest"]:
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("\ngroup", overflow="fold")
-    for row in board.rows:
-        cells = [row.arm, _repeats(row), _number(row.mean), _range(row.low, row.high)]
-        gap = "control" if row.arm == board.control else _signed(row.difference)
-        cells += [_number(row.sd_between), _number(row.sd_within), gap]
-        cells += [_range(row.difference_low, row.difference_high, _signed), _p(row.p), _p(row.p_holm)]
-        style = "bold" if _told(row) else "dim" if row.arm == board.control else None
-        table.add_row(*map(Text, [*cells, _chance(row.best_probability), row.letters or "–"]), style=style)
-    out, colour = io.StringIO(), sys.stdout.isatty()
-    console = Console(file=out, width=WIDTH, force_terminal=colour, color_system="auto" if colour else None)
-    console.print(table)
-    console.print(Text(f"\n{board.verdict}\n", style="bold"))
-    for note in board.notes:
-        console.print(Text(f"· {note}", style="dim"))
-    return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
-
-
-def _paper(board: Leaderboard) -> str:
-    """The table of the IoU study (Markdown): pretrainings, mean ± population deviation of all runs, and every score."""
-    score = "DSC" if board.metric in ("dice", LEGACY) else board.metric
-    most = max(row.runs for row in board.rows)
-    lines = [["arm", "pretrainings", f"mean {score}", *(f"{score} {index + 1}" for index in range(most))]]
-    for row in board.rows:
-        scores = [score for group in row.scores for score in group]
-        mean = f"{np.mean(scores):.3f} ± {np.std(scores):.3f}" if scores else "–"
-        lines.append([row.arm, str(row.k), mean, *map(_number, scores), *["–"] * (most - len(scores))])
-    return (
-        f"{_pipes(lines)}\nMean ± population standard deviation of all runs, as the IoU study prints it: neither an interval "
-        f"nor a standard error. Scores in order of pretraining.\n\n{board.verdict}\n"
-    )
-
-
-def _markdown(board: Leaderboard) -> str:
-    """For a README or an issue: every column, the verdict, the notes."""
-    arm = ["arm", "k", "m", f"mean {board.metric}", "95 % interval", "sd between", "sd within"]
-    gap = [f"difference to {board.control}", "95 % interval", "p", "p (Holm)", "best", "group"]
-    lines = [[*arm, *gap, f"pretrainings needed for {_number(board.wanted)}"]]
-    for row in board.rows:
-        cells = [row.arm, str(row.k), str(row.m), _number(row.mean), _range(row.low, row.high)]
-        cells += [_number(row.sd_between), _number(row.sd_within), _signed(row.difference)]
-        cells += [_range(row.difference_low, row.difference_high, _signed), _p(row.p), _p(row.p_holm)]
-        lines.append([*cells, _chance(row.best_probability), row.letters or "–", str(row.needed or "–")])
-    return f"{_pipes(lines)}\n**{board.verdict}**\n\n" + "".join(f"- {note}\n" for note in board.notes)
-
-
-def _csv(board: Leaderboard) -> str:
-    """One line per arm; `scores` separates fine-tunings by spaces and pretrainings by semicolons."""
-    out = io.StringIO()
-    names = [field.name for field in dataclasses.fields(Row)]
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    for row in board.rows:
-        scores = "; ".join(" ".join(map(repr, group)) for group in row.scores)
-        writer.writerow({name: getattr(row, name) for name in names} | {"scores": scores})
-    return out.getvalue()
-
-
-def _json(board: Leaderboard) -> str:
-    return json.dumps(dataclasses.asdict(board), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _pipes(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first line is its head."""
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines]
-    return rows[0] + "|---" * len(lines[0]) + "|\n" + "".join(rows[1:])
-
-
 def _known(value: float | Array) -> float | None:
     return None if math.isnan(value) else float(value)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}"
-
-
-def _range(low: float | None, high: float | None, write: Callable[[float | None], str] = _number) -> str:
-    return "–" if low is None or high is None else f"{write(low)}…{write(high)}"
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _chance(value: float | None) -> str:
-    """As a percentage, never 0 nor 100: the draws behind it are finite, and so is the model's truth."""
-    if value is None:
-        return "–"
-    return "<1 %" if value < 0.01 else ">99 %" if value > 0.99 else f"{value:.0%}".replace("%", " %")
-
-
-def _repeats(row: Row) -> str:
-    """k×m, with ≤ where fine-tunings are missing."""
-    return f"{row.k}×{'≤' if row.runs < row.k * row.m else ''}{row.m}"
-
-
-def _told(row: Row) -> bool:
-    """Whether the arm was told apart from the control."""
-    return row.p_holm is not None and row.p_holm <= ALPHA
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _design(rows: Iterable[Row]) -> str:
@@ -506,14 +410,4 @@ def _design(rows: Iterable[Row]) -> str:
     scored = [row for row in rows if row.runs]
     pretrainings = [row.k for row in scored]
     finetunings = [len(group) for row in scored for group in row.scores]
-    return f"k={_between(pretrainings)}, m={_between(finetunings)}"
-
-
-def _between(values: Sequence[int]) -> str:
-    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    """Names in backquotes, the first few of many."""
-    listed = ", ".join(f"`{name}`" for name in names[:most])
-    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
+    return f"k={words.between(pretrainings)}, m={words.between(finetunings)}"

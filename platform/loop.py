@@ -68,7 +68,9 @@ def train(
     save: Callable[[checkpoint.State], None] = lambda state: None,
     report_seconds: float = 1.0,
     save_seconds: float = 60.0,
-    look: Callable[[int], None] | None = None,
+    looks: Set[int] = frozenset(),
+    look: Callable[[int], None] = lambda step: None,
+    keep: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Train `method` up to optimizer step `steps`; returns how that ended.
 
@@ -76,8 +78,9 @@ def train(
     resume    a state that `save` received: the training continues as if it had not stopped
     on_step   told about every `report_seconds`: steps done, mean losses and monitors since the last time, learning rate
     save      given, every `save_seconds` and at the end, the state to continue from. It is live: write it at once
-    look      called with the steps done after `training.evaluations` evenly spaced steps, the last one included, in eval
-              mode, and before the state of that step is saved: a look can happen twice, but is never lost
+    look      called with the steps done where `looks` holds them (0: before the first) and, if it holds any, at the end; in
+              eval mode, and before the state of that step is saved: a look can happen twice, but is never lost
+    keep      called with the steps done after each of `training.snapshots`, likewise before the state of that step is saved
     With several workers (a process group of size `world`) rank 0 alone is told, looks and saves.
     Raises RunError when a loss is not finite, naming step and terms, or when the batches end early.
     """
@@ -91,10 +94,17 @@ def train(
     if outcome.status != "training":
         return outcome
     joint = _joint(method, training, world)
-    looks = {round(steps * (k + 1) / training.evaluations) for k in range(training.evaluations)} if look else set()
-    watch = _Watch(outcome, steps, training, world, looks, report_seconds)
+    kept = {int(step) for step in training.snapshots} if keep else set()
+    watch = _Watch(outcome, steps, training, world, looks | kept, report_seconds)
     saving = _Saving(save, save_seconds)
 
+    def looked(step: int) -> None:
+        method.eval()
+        look(step)
+        method.train()
+
+    if rank == 0 and start == 0 and 0 in looks:
+        looked(0)
     for index, batch in zip(range(start, steps), batches(start), strict=False):
         rng, step = _seeded(seed, rank, index, device), Step(index, steps)
         lr = optimizers.learning_rate(training, index, steps)
@@ -117,16 +127,21 @@ def train(
             outcome = watch.report(index + 1)
             if rank == 0:
                 on_step(outcome.step, outcome.losses, outcome.monitors, lr)
-            if rank == 0 and look and outcome.step in looks:
-                method.eval()
-                look(outcome.step)
-                method.train()
+            if rank == 0 and looks and (outcome.step in looks or outcome.status != "training"):
+                looked(outcome.step)
+            if rank == 0 and keep and outcome.step in kept:
+                keep(outcome.step)
             if rank == 0 and (saving.due() or outcome.status != "training"):
                 state = checkpoint.capture(method, optimizer, scaler, outcome.step) | {"outcome": asdict(outcome)}
                 saving.write(state)
             if outcome.status != "training":
                 return outcome
     raise RunError(f"the batches ended after step {outcome.step} of {steps}; an infinite stream was expected")
+
+
+def evenly(steps: int, count: int) -> set[int]:
+    """`count` evenly spaced steps of `steps`, the last one included; none when count is 0."""
+    return {round(steps * (k + 1) / count) for k in range(count)}
 
 
 def _seeded(seed: int, rank: int, index: int, device: torch.device) -> Generator:

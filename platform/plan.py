@@ -6,17 +6,37 @@ pretraining share it. Nothing here imports torch or ray, so that a plan is print
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from medssl.platform import ledger
-from medssl.platform.config import RESULTS_VERSION, Experiment, Part, digest
+from medssl.platform.config import RESULTS_VERSION, Experiment, Part, Start, digest
 from medssl.platform.errors import UsageError
-from medssl.platform.splits import Split
+from medssl.platform.splits import Split, drawn
 from medssl.platform.store import Store, VolumeRecord
 
 Size = tuple[int, ...]  # rows and columns of a slice; rows, columns and slices of a volume
+
+
+class TooFewLabels(UsageError):
+    """A budget of labels that is larger than what the data have."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Weights that were there before the experiment: the end of a medssl pretraining, or a file."""
+
+    file: Path
+    identity: str  # of a pretraining its id; of a file a hash of its content, wherever it lies
+    run: str | None  # the pretraining's id
+
+
+PROBED = 4  # labelled training patients whom a probe learns from, however many fine-tuning may use (`platform/probe.py`)
+ASKED = 16  # validation patients whom it is asked about
 
 
 @dataclass(frozen=True)
@@ -27,7 +47,7 @@ class Stage:
     id: str
     seed: int
     steps: int
-    parent: str | None  # the pretraining that a fine-tuning starts from; None: a fresh encoder
+    parent: str | None  # the medssl pretraining that it starts from; None: a fresh encoder, or a file of weights
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,11 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
         raise UsageError("data.stream=ray streams slices, not volumes; in 3D leave data.stream out, or set it to node")
     volumes = [volume for volume in store.volumes if volume.patient in train]
     sizes = _sizes(volumes, dims)
-    finetune = _with_training(experiment.finetune, _elements([each for each in volumes if each.patient in labelled], dims))
+    chosen = labelled_slices(experiment, store, split)
+    count = _elements([each for each in volumes if each.patient in labelled], dims) if chosen is None else len(chosen)
+    finetune = _with_training(experiment.finetune, count)
+    if finetune.training and finetune.training.snapshots:
+        raise UsageError("finetune.training.snapshots: only a pretraining keeps snapshots; leave it out")
     if getattr(finetune.settings, "side", 0) is None:
         every = _sizes(store.volumes, dims)
         side = cube_side(every) if dims == 3 else min(96, -(-max(map(max, every)) // 16) * 16)
@@ -78,18 +102,91 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
             pretrain = _with(pretrain, side=disjoint_side(sizes))
         if getattr(pretrain.settings, "iou", None) and pretrain.settings.unreachable == "error":
             _refuse_unreachable(pretrain.settings, sizes)
+    _refuse_probes(experiment, store, split)
     network = experiment.network
     if getattr(network.settings, "levels", 0) is None:  # from the data alone: arms with and without pretraining share it
         network = _with(network, levels=min(5, disjoint_side(sizes).bit_length() - 2))
-    return dataclasses.replace(experiment, network=network, pretrain=pretrain, finetune=finetune)
+    start = _resolved_start(experiment.start, pretrain)
+    return dataclasses.replace(experiment, network=network, pretrain=pretrain, finetune=finetune, start=start)
+
+
+def place(at: float, steps: int) -> int:
+    """A step that was given as such, or, below 1, as a fraction of the steps."""
+    return max(1, round(at * steps)) if at < 1 else int(at)
+
+
+def _resolved_start(start: Start, pretrain: Part | None) -> Start:
+    """`start` with its snapshot's step. Raises UsageError when the pretraining keeps no snapshot there."""
+    if start.step is None:
+        return start
+    found = origin(start)
+    if pretrain and pretrain.training:
+        steps, snapshots = _steps(pretrain), pretrain.training.snapshots
+    elif found and found.run:
+        training = json.loads((found.file.parent / "run.json").read_text())["config"]["pretrain"]["training"]
+        steps, snapshots = training["steps"], training.get("snapshots", ())
+    else:
+        raise UsageError(f"start.step={start.step}: there is no medssl pretraining whose snapshot that could be; leave it out")
+    step = place(start.step, steps)
+    if step == steps:
+        return dataclasses.replace(start, step=None)  # its end
+    if step not in snapshots:
+        kept = ", ".join(map(str, snapshots)) or "none"
+        raise UsageError(
+            f"start.step={start.step}: the pretraining of {steps} steps keeps no snapshot at step {step} (kept: {kept}, and "
+            "its end); choose one of these, or name the step in pretrain.training.snapshots"
+        )
+    return dataclasses.replace(start, step=step)
+
+
+def origin(start: Start) -> Origin | None:
+    """What `start.weights` names, by its path. Raises UsageError when nothing lies there."""
+    if start.weights is None:
+        return None
+    path = Path(start.weights)
+    if (path / "run.json").is_file():
+        return Origin(path / "encoder.pt", path.name, path.name)
+    if not path.is_file():
+        raise UsageError(f"start.weights={start.weights}: neither a file of weights nor the folder of a pretraining")
+    about = path.stat()
+    return Origin(path, _content(path, about.st_size, about.st_mtime_ns), None)
+
+
+@functools.cache
+def _content(path: Path, size: int, changed: int) -> str:
+    """Hash of a file's content; read again only when the file has changed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def labelled_patients(experiment: Experiment, split: Split) -> tuple[str, ...]:
     """The labelled training patients that fine-tuning may use: a prefix of the split's order, so that budgets nest."""
     wanted = experiment.data.labelled
     if wanted is not None and wanted > len(split.labelled):
-        raise UsageError(f"data.labelled={wanted}: split {split.name} has {len(split.labelled)} labelled training patients")
+        raise TooFewLabels(f"data.labelled={wanted}: split {split.name} has {len(split.labelled)} labelled training patients")
     return split.labelled[:wanted]
+
+
+def labelled_slices(experiment: Experiment, store: Store, split: Split) -> tuple[tuple[str, int], ...] | None:
+    """The labelled slices that fine-tuning may use, as (volume, slice_index); None: all of the labelled patients'.
+
+    A prefix of an order that volumes' names alone decide, so that budgets nest.
+    """
+    wanted, patients = experiment.data.labelled_slices, labelled_patients(experiment, split)
+    if wanted is None:
+        return None
+    if experiment.spatial_dims == 3:
+        raise UsageError("data.labelled_slices counts slices, a 3D network trains on volumes; use data.labelled")
+    volumes = [volume for volume in store.volumes if volume.labelled and volume.patient in patients]
+    every = {f"{volume.volume}/{index}": (volume.volume, index) for volume in volumes for index in range(volume.slices)}
+    if wanted > len(every):
+        raise TooFewLabels(f"data.labelled_slices={wanted}: the labelled training patients have {len(every)} labelled slices")
+    return tuple(every[name] for name in drawn(every, 0, "slices")[:wanted])
+
+
+def probed_patients(split: Split) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The training and the validation patients whom probes of a pretraining see: all arms and label budgets share it."""
+    return split.labelled[:PROBED], split.val[:: -(-len(split.val) // ASKED)]
 
 
 def _sizes(volumes: Iterable[VolumeRecord], dims: int) -> set[Size]:
@@ -133,6 +230,27 @@ def _called(size: Size) -> str:
     return "slice" if len(size) == 2 else "volume"
 
 
+def _refuse_probes(experiment: Experiment, store: Store, split: Split) -> None:
+    tuned = experiment.finetune.training
+    if tuned and tuned.probes:
+        raise UsageError("finetune.training.probes: only a pretraining is probed; see finetune.training.evaluations")
+    if not _probes(experiment):
+        return
+    annotated = {volume.patient for volume in store.volumes if volume.labelled}
+    if not split.labelled or not annotated & set(split.val):
+        raise UsageError(
+            f"pretrain.training.probes needs labelled training and validation patients; split {split.name} has "
+            f"{len(split.labelled)} and {len(annotated & set(split.val))}; set it to 0, or label some"
+        )
+    if experiment.spatial_dims != 2:
+        raise UsageError("pretrain.training.probes needs slices: set it to 0 where network.spatial_dims is 3")
+
+
+def _probes(experiment: Experiment) -> int:
+    """How often the pretraining is probed."""
+    return experiment.pretrain.training.probes if experiment.pretrain and experiment.pretrain.training else 0
+
+
 def _refuse_unreachable(crops: Any, sizes: set[Size]) -> None:
     import numpy as np
 
@@ -169,13 +287,16 @@ def _with_training(part: Part, elements: int) -> Part:
     training = part.training
     assert training is not None
     steps = training.steps or max(1, round(training.epochs * elements / training.batch))
-    return dataclasses.replace(part, training=dataclasses.replace(training, steps=steps))
+    snapshots = tuple(sorted({place(at, steps) for at in training.snapshots}))
+    if snapshots and snapshots[-1] > steps:
+        raise UsageError(f"training.snapshots: step {snapshots[-1]} lies beyond the {steps} steps of {part.name}")
+    return dataclasses.replace(part, training=dataclasses.replace(training, steps=steps, snapshots=snapshots))
 
 
 def chain(arm: str, index: int, finetunings: int, experiment: Experiment, store: Store, split: Split) -> Chain:
     """Everything that pretraining number `index` of an arm needs, ids included. `experiment` must be resolved."""
     encoder_seed = experiment.seed * 1000 + index
-    pretraining = None
+    pretraining, found = None, origin(experiment.start)
     if experiment.pretrain:
         what = [
             "pretrain",
@@ -183,29 +304,49 @@ def chain(arm: str, index: int, finetunings: int, experiment: Experiment, store:
             sorted(split.train),
             experiment.tree()["pretrain"],
             encoder_seed,
+            *_given(experiment.start, found),
+            *(probed_patients(split) if _probes(experiment) else []),
         ]
         identity = f"{experiment.pretrain.name}-{digest(what)}"
-        pretraining = Stage("pretrain", identity, encoder_seed, _steps(experiment.pretrain), None)
-    start = pretraining.id if pretraining else None
-    stages = tuple(finetuning(number, encoder_seed, start, experiment, store, split) for number in range(finetunings))
+        pretraining = Stage("pretrain", identity, encoder_seed, _steps(experiment.pretrain), found.run if found else None)
+    stages = tuple(finetuning(number, encoder_seed, pretraining, experiment, store, split) for number in range(finetunings))
     return Chain(arm, index, experiment, pretraining, stages)
 
 
-def finetuning(number: int, encoder_seed: int, parent: str | None, experiment: Experiment, store: Store, split: Split) -> Stage:
-    """Fine-tuning `number` from a pretraining's id, or from the encoder that `encoder_seed` initialises."""
+def finetuning(
+    number: int, encoder_seed: int, pretraining: Stage | None, experiment: Experiment, store: Store, split: Split
+) -> Stage:
+    """Fine-tuning `number` from a pretraining, from the given weights, or from the encoder that `encoder_seed` initialises.
+
+    One that starts from a pretraining has the same id whether the pretraining belongs to its arm or was given by name.
+    """
     tree = experiment.tree()
     seed = encoder_seed * 1000 + number
-    data = [contract(store, split), labelled_patients(experiment, split)]
+    data: list[Any] = [contract(store, split), labelled_patients(experiment, split)]
+    if (slices := labelled_slices(experiment, store, split)) is not None:
+        data.append(slices)
+    found = None if pretraining else origin(experiment.start)
+    parent = pretraining.id if pretraining else found.run if found else None
+    begins: Any = parent or encoder_seed
+    if found and (not found.run or experiment.start.partial):
+        begins = _given(experiment.start, found)
+    if parent and experiment.start.step is not None:
+        begins = [begins, experiment.start.step]
     what = [
         "finetune",
         *_common(experiment, store),
         *data,
         tree["finetune"],
         tree["evaluate"],
-        parent or encoder_seed,
+        begins,
         seed,
     ]
     return Stage("finetune", f"{experiment.finetune.name}-{digest(what)}", seed, _steps(experiment.finetune), parent)
+
+
+def _given(start: Start, found: Origin | None) -> list[Any]:
+    """What given weights add to a hash."""
+    return [found.identity, *(["partial"] if start.partial else [])] if found else []
 
 
 def _common(experiment: Experiment, store: Store) -> list[Any]:
@@ -232,18 +373,28 @@ def describe(arms: Mapping[str, Experiment], k: int, m: int, store: Store, split
             stages |= {stage.id: stage for stage in chain(label, index, m, experiment, store, split).stages}
     for label, experiment in arms.items():
         of = "slices" if experiment.spatial_dims == 2 else "volumes"
+        given = f"from {Path(experiment.start.weights).name}; " if experiment.start.weights else ""
         what = f"{_told(experiment.pretrain, of)}; then " if experiment.pretrain else "no pretraining; then "
-        lines.append(f"arm      {label:<16} {what}{_told(experiment.finetune, of)}")
+        snapshot = f"from its step {experiment.start.step}: " if experiment.start.step else ""
+        lines.append(f"arm      {label:<16} {given}{what}{snapshot}{_told(experiment.finetune, of)}{_budget(experiment)}")
     network = next(iter(arms.values())).network
     lines.append(f"network  {network.name}: " + ", ".join(f"{key} {value}" for key, value in vars(network.settings).items()))
     kinds = [stage.kind for stage in stages.values()]
     done = sum(stage.id in finished for stage in stages.values())
     lines.append(f"repeats  {k} pretrainings per arm, {m} fine-tunings of each")
+    if shared := [label for label, experiment in arms.items() if experiment.start.weights]:
+        lines.append(f"start    the {k} repeats of an arm share the given weights as initial encoder: {', '.join(shared)}")
     lines.append(
         f"stages   {kinds.count('pretrain')} pretrainings and {kinds.count('finetune')} fine-tunings, {done} done already"
     )
     lines.append(f"steps    {sum(stage.steps for stage in stages.values() if stage.id not in finished):,} to go")
     return "\n".join(lines)
+
+
+def _budget(experiment: Experiment) -> str:
+    data = experiment.data
+    counts = {"labelled patients": data.labelled, "labelled slices": data.labelled_slices}
+    return "".join(f", {count} {what}" for what, count in counts.items() if count is not None)
 
 
 def _told(part: Part, of: str) -> str:

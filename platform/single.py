@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from medssl.platform import (
     atomic,
@@ -23,7 +25,7 @@ from medssl.platform import (
     watch,
 )
 from medssl.platform.errors import RunError, UsageError
-from medssl.platform.plan import Chain
+from medssl.platform.records import Volume
 from medssl.platform.site import Site
 from medssl.platform.splits import Split
 from medssl.platform.store import Store
@@ -32,36 +34,58 @@ from medssl.platform.sweep import connected, layers
 Say = Callable[[str], None]
 
 
-def pretrain(method: str, data: str, seed: int, files: Sequence[Path], overrides: Sequence[str], *, say: Say) -> str:
-    """Run or look up one pretraining; returns its id and how it ended."""
-    experiment, store, split = _experiment(data, files, overrides, {"pretrain": {"name": method}, "seed": seed}, say)
-    chain = plan.chain(method, 0, 0, experiment, store, split)
+def pretrain(
+    method: str,
+    start: str | None,
+    data: str,
+    seed: int,
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    *,
+    say: Say,
+    index: int = 0,
+) -> str:
+    """Run or look up one pretraining, of a fresh encoder or of given weights; returns its id, how it ended, and the chain.
+
+    index   which of those that a sweep gives an arm: it decides the seed
+    """
+    tree = {"pretrain": {"name": method}, "seed": seed} | _given(start)
+    experiment, store, split = _experiment(data, files, overrides, tree, say)
+    if experiment.start.step is not None:
+        raise UsageError("start.step says where fine-tuning starts; to pretrain a snapshot, give its file encoder@STEP.pt")
+    chain = plan.chain(method, index, 0, experiment, store, split)
     assert chain.pretraining is not None
     done = _fulfil(stages.Job(chain, chain.pretraining, stages.Work(Site.here(), store.root, split)), say)
     monitors = ", ".join(f"{name} {value:.3f}" for name, value in done["monitors"].items())
-    return f"{chain.pretraining.id}: {done['status']} after {done['step']} steps; {monitors}"
+    return f"{chain.pretraining.id}: {done['status']} after {done['step']} steps; {monitors}; {done['chain']}"
 
 
-def finetune(start: str | None, data: str, seed: int, files: Sequence[Path], overrides: Sequence[str], *, say: Say) -> str:
-    """Run or look up one fine-tuning, from a pretraining's id or from scratch; returns its id and test score."""
-    site, parent = Site.here(), None
-    tree: dict[str, Any] = {"pretrain": None, "seed": seed}
-    if start:
-        folder = site.find_stage(start)
-        run = json.loads((folder / "run.json").read_text())
-        if run["kind"] != "pretrain" or site.done(folder.name) is None:
-            raise UsageError(f"--from {start}: {folder.name} is not a finished pretraining")
-        parent = folder.name
-        tree["network"] = run["config"]["network"]
-        asked = layers(data, tuple(files), tuple(overrides)).get("network", {}).get("spatial_dims")
-        trained = tree["network"].get("spatial_dims", 2)
-        if asked not in (None, trained):
-            raise UsageError(f"--from {start}: its encoder reads {trained}D, not {asked}D; pretrain one in {asked}D")
+def finetune(
+    start: str | None,
+    data: str,
+    seed: int,
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    *,
+    say: Say,
+    index: int = 0,
+    number: int = 0,
+) -> str:
+    """Run or look up one fine-tuning, from given weights or from scratch; returns its id and test score.
+
+    index, number   which of a sweep's pretrainings, and which fine-tuning of it: they decide the seeds
+    """
+    tree = {"pretrain": None, "seed": seed} | _given(start)
     experiment, store, split = _experiment(data, files, overrides, tree, say)
-    stage = plan.finetuning(0, experiment.seed * 1000, parent, experiment, store, split)
-    chain = Chain(start or "from scratch", 0, experiment, None, (stage,))
-    done = _fulfil(stages.Job(chain, stage, stages.Work(site, store.root, split)), say)
+    chain = plan.chain(start or "from scratch", index, number + 1, experiment, store, split)
+    stage = chain.finetunings[number]
+    done = _fulfil(stages.Job(chain, stage, stages.Work(Site.here(), store.root, split)), say)
     return f"{stage.id}: validation {done['validation']:.3f}, test {done['test']:.3f} ({experiment.evaluate.metric})"
+
+
+def _given(start: str | None) -> dict[str, Any]:
+    """What `--from` sets."""
+    return {"start": {"weights": start}} if start else {}
 
 
 def _fulfil(job: stages.Job, say: Say) -> dict[str, Any]:
@@ -77,7 +101,7 @@ def _fulfil(job: stages.Job, say: Say) -> dict[str, Any]:
 def _experiment(
     data: str, files: Sequence[Path], overrides: Sequence[str], last: dict[str, Any], say: Say
 ) -> tuple[config.Experiment, Store, Split]:
-    tree = config.stack([layers(data, tuple(files), tuple(overrides)), last])
+    tree = layers(data, tuple(files), tuple(overrides), last)
     config.build(tree)  # refuse what is wrong before any data are touched
     store = catalogue.open_store(data, say=say)
     experiment = config.build(config.suited(store.defaults, tree))
@@ -133,22 +157,32 @@ def _trained(folder: Path, experiment: config.Experiment, store: Store) -> Any:
 
 def pictures(name: str, out: Path) -> list[Path]:
     """PNGs of the worst and the best test volume of a fine-tuning, reference and prediction outlined."""
+    written = []
+    for which, prepared, _, predicted in cases(name):
+        written.append(out / f"{which}-{prepared.volume}.png")
+        _save(written[-1], evaluate.picture(prepared, predicted))
+    return written
+
+
+def cases(name: str, metric: str | None = None) -> Iterator[tuple[str, Volume, float, Tensor]]:
+    """The worst and the best test volume of a fine-tuning: which of them, the volume, its score, and what is predicted.
+
+    metric   to tell them by; None: the one that the fine-tuning was selected by
+    """
     folder, experiment, store = _finetuned(name)
-    model, metric = _trained(folder, experiment, store), experiment.evaluate.metric
+    model, metric = _trained(folder, experiment, store), metric or experiment.evaluate.metric
     rows = [row for row in ledger.scores(folder.parents[1], folder.name) if row.part == "test" and row.metric == metric]
     patients = {row.volume: row.patient for row in rows}
     means = {volume: metrics.aggregate([row for row in rows if row.volume == volume]).mean[metric] for volume in patients}
-    ranked = sorted((volume for volume in means if not math.isnan(means[volume])), key=lambda volume: means[volume])
+    sign = -1 if metric.endswith("_mm") else 1  # distances are better when smaller
+    ranked = sorted((volume for volume in means if not math.isnan(means[volume])), key=lambda volume: sign * means[volume])
     if not ranked:
         raise RunError(f"{folder.name}: no test volume has a {metric}; there is nothing to draw")
-    written = []
     for which, volume in (("worst", ranked[0]), ("best", ranked[-1])):
         slices = stream.Slices.read(store, patients=[patients[volume]])
         prepared = next(each for each in slices.volumes() if each.volume == volume)
         predicted = evaluate.infer(model, prepared, **stages.inference(experiment))
-        written.append(out / f"{which}-{volume}.png")
-        _save(written[-1], evaluate.picture(prepared, predicted))
-    return written
+        yield which, prepared, means[volume], predicted
 
 
 def _save(path: Path, image: Any) -> None:

@@ -62,6 +62,20 @@ class Site:
             raise UsageError(f"{what} in {self.runs / 'stages'}; {find.nearest(name, known or ['none yet'])}")
         return self.stage(hits[0])
 
+    def find_weights(self, name: str) -> Path:
+        """Where given weights lie, absolute: the folder of a finished pretraining, or a file. Raises UsageError for neither."""
+        path = Path(name).absolute()
+        own = path.name == "encoder.pt" and (path.parent / "run.json").is_file()  # one pretraining, one identity
+        if path.is_file() and not own:
+            return path
+        if path.suffix in (".pt", ".pth", ".ckpt", ".tar", ".bin") and not own:
+            raise UsageError(f"start.weights={name}: no such file")
+        folder = path.parent if own else self.find_stage(name)
+        run = json.loads((folder / "run.json").read_text())
+        if run["kind"] != "pretrain" or not (folder / "done.json").is_file():
+            raise UsageError(f"start.weights={name}: {folder.name} is not a finished pretraining")
+        return folder
+
     def find_sweep(self, name: str | None) -> Path:
         """A sweep's folder by its name or the beginning of it; the newest one when no name is given."""
         known = sorted((self.runs / "sweeps").glob("*/sweep.json"), key=lambda file: file.stat().st_mtime)

@@ -4,9 +4,12 @@ Every process that needs a stage calls `fulfil`: it finds the stage done, or wai
 it, continuing from the last checkpoint. Whatever dies, the next call goes on.
 """
 
+import copy
 import dataclasses
+import functools
+import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,25 @@ import torch
 from torch import nn
 
 from medssl.methods.protocol import Batch, Method
-from medssl.platform import atomic, checkpoint, evaluate, find, ledger, loop, metrics, stream, trackers, train
+from medssl.platform import (
+    atomic,
+    checkpoint,
+    evaluate,
+    find,
+    ledger,
+    loop,
+    metrics,
+    plan,
+    probe,
+    stream,
+    trackers,
+    train,
+    weights,
+)
 from medssl.platform.board import Board
 from medssl.platform.config import Experiment, Part
 from medssl.platform.errors import RunError
-from medssl.platform.plan import Chain, Stage, contract, labelled_patients
+from medssl.platform.plan import Chain, Stage, contract, labelled_patients, probed_patients
 from medssl.platform.records import Part as DataPart
 from medssl.platform.records import Score, Volume
 from medssl.platform.site import Progress, Site, provenance, spent
@@ -29,6 +46,8 @@ from medssl.platform.store import Store
 from medssl.platform.volumes import Volumes
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]  # of each part of the split: what `Slices.arrays` gives
+Hear = Callable[[int, float], None]  # told a step and the Dice of a probe there
+Look = Callable[[int], Mapping[str, float]]  # looks at what is trained after a step; gives numbers to show
 
 
 @dataclass(frozen=True)
@@ -41,11 +60,12 @@ class Work:
     arrays: Arrays | None = None  # the node's shared copy; None: read from the store
     sweep: str = ""  # that asked for the chain first; trackers group by it
 
-    def slices(self, part: DataPart) -> stream.Slices:
-        """All slices of a part of the split, in memory."""
+    def slices(self, part: DataPart, patients: Iterable[str] | None = None) -> stream.Slices:
+        """All slices of a part of the split, or of some of its patients, in memory."""
+        wanted = getattr(self.split, part) if patients is None else patients
         if self.arrays is not None:
-            return stream.Slices.from_arrays(self.arrays[part])
-        return stream.Slices.read(Store.open(self.store), patients=getattr(self.split, part))
+            return stream.Slices.from_arrays(self.arrays[part]).select(wanted)
+        return stream.Slices.read(Store.open(self.store), patients=wanted)
 
 
 @dataclass(frozen=True)
@@ -62,10 +82,27 @@ class Job:
         return self.work.site.stage(self.stage.id)
 
 
-def run_chain(chain: Chain, work: Work, tell: Callable[[list[float]], None] = lambda scores: None) -> list[float]:
-    """Fulfil a pretraining and its fine-tunings; `tell` hears the validation scores after each. Returns all of them."""
+def run_chain(
+    chain: Chain,
+    work: Work,
+    tell: Callable[[list[float]], None] = lambda scores: None,
+    probe: Hear = lambda step, dice: None,
+) -> list[float]:
+    """Fulfil a pretraining and its fine-tunings; `tell` hears the validation scores after each. Returns all of them.
+
+    probe   hears (step, Dice) of every probe of the pretraining, once each and in order: while it runs, if it runs in this
+            process, else when it is done. What it raises ends the chain; a pretraining goes on from its last checkpoint
+    """
     if chain.pretraining:
-        fulfil(Job(chain, chain.pretraining, work))
+        told: set[int] = set()
+
+        def hear(step: int, dice: float) -> None:
+            if step not in told:
+                told.add(step)
+                probe(step, dice)
+
+        for reading in fulfil(Job(chain, chain.pretraining, work), hear).get("probe", []):
+            hear(reading["step"], reading["dice"])
     scores: list[float] = []
     for stage in chain.finetunings:
         scores.append(fulfil(Job(chain, stage, work))["validation"])
@@ -73,23 +110,28 @@ def run_chain(chain: Chain, work: Work, tell: Callable[[list[float]], None] = la
     return scores
 
 
-def fulfil(job: Job) -> dict[str, Any]:
-    """What the finished stage left in done.json, doing the stage first if need be."""
+def fulfil(job: Job, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
+    """What the finished stage left in done.json, doing the stage first if need be.
+
+    hear   told (step, Dice) of each probe, if this very process does a pretraining
+    """
     while True:
         with atomic.owned(job.folder) as mine:
             if done := job.work.site.done(job.stage.id):
                 return done
             if mine:
-                return _do(job)
+                return _do(job, hear)
         time.sleep(0.5)  # another process is at it
 
 
-def _do(job: Job) -> dict[str, Any]:
+def _do(job: Job, hear: Hear) -> dict[str, Any]:
     experiment, stage = job.chain.experiment, job.stage
     begun = time.time() - spent(job.folder)  # a stage that was killed has cost what it has cost
     record = {"kind": stage.kind, "stage": stage.id, "seed": stage.seed, "steps": stage.steps, "parent": stage.parent}
     record |= {"arm": job.chain.arm, "pretraining": job.chain.index, "encoder_seed": job.chain.encoder_seed}
     record |= {"store": str(job.work.store), "split": job.work.split.name, "config": experiment.tree()}
+    if stage.kind == "finetune" and experiment.data.labelled_slices:
+        record["labelled_slices"] = plan.labelled_slices(experiment, Store.open(job.work.store), job.work.split)
     resources = experiment.resources
     gpu = bool(resources.gpus) if resources.gpus is not None else torch.cuda.is_available()
     here = torch.cuda.is_available()  # not where workers of their own will have it
@@ -97,7 +139,7 @@ def _do(job: Job) -> dict[str, Any]:
     atomic.write_json(job.folder / "run.json", record | {"provenance": provenance()})
     alone = resources.workers == 1  # several workers read the store themselves: cheaper than sending them copies
     result = train.launch(
-        _tracked,
+        functools.partial(_tracked, hear=hear) if alone else _tracked,
         job if alone else dataclasses.replace(job, work=dataclasses.replace(job.work, arrays=None)),
         workers=resources.workers,
         gpu=gpu,
@@ -111,12 +153,13 @@ def _do(job: Job) -> dict[str, Any]:
     return done
 
 
-def _tracked(job: Job, rank: int, world: int, device: torch.device) -> dict[str, Any]:
+def _tracked(job: Job, rank: int, world: int, device: torch.device, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
     """One worker of a stage; its scalars and its end also go to the trackers asked for."""
-    function = _pretrain if job.stage.kind == "pretrain" else _finetune
     names = job.chain.experiment.resources.trackers if rank == 0 else ()
     with trackers.opened(names, job.folder, job.work.sweep, job.work.site.runs) as runs:
-        done = function(dataclasses.replace(job, runs=runs), rank, world, device)
+        told = dataclasses.replace(job, runs=runs)
+        pretrains = job.stage.kind == "pretrain"
+        done = _pretrain(told, rank, world, device, hear) if pretrains else _finetune(told, rank, world, device)
         runs.end(done)
     return done | ({"untracked": runs.lost} if runs.lost else {})
 
@@ -127,26 +170,68 @@ def network(experiment: Experiment, channels: int, classes: int) -> Any:
     return find.load("network", part.name).NETWORK(channels, classes, part.settings)
 
 
-def _pretrain(job: Job, rank: int, world: int, device: torch.device) -> dict[str, Any]:
-    """One worker of a pretraining. Rank 0 leaves the encoder and its card."""
+def _pretrain(job: Job, rank: int, world: int, device: torch.device, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
+    """One worker of a pretraining. Rank 0 leaves the encoder and its card, and what probes saw on the way."""
     experiment, store = job.chain.experiment, Store.open(job.work.store)
     part = experiment.pretrain
     assert part is not None
     torch.set_num_threads(experiment.resources.cpus)
     torch.manual_seed(job.chain.encoder_seed)
     encoder = network(experiment, store.channels, len(store.classes)).encoder
+    found = plan.origin(experiment.start)
+    before = [weights.begin(encoder, found.file, partial=experiment.start.partial)[0].chain] if found else []
+    probed = copy.deepcopy(encoder)
     method = find.load("method", part.name).METHOD(encoder, part.settings)
     batches = _batches(job, part, job.work.split.train, None, rank, world, device)
-    outcome = _train(job, method, part, batches, rank, world, device)
+    assert part.training is not None
+    readings: list[dict[str, float]] = []
+    look: Look | None = None  # rank 0's
+    looks = loop.evenly(job.stage.steps, part.training.probes)  # of all workers, who meet there
+    if looks:
+        looks.add(0)
+        if rank == 0:
+            readings, look = _probing(job, method, probed.to(device).eval(), hear)
+
+    def card(step: int) -> dict[str, Any]:
+        about = {"method": part.name, "network": experiment.network.name, "channels": store.channels, "data": store.name}
+        chain = " -> ".join([*before, f"{part.name}:{store.name}@{step}"])
+        return about | {"steps": step, "config": experiment.tree(), "start": found.identity if found else None, "chain": chain}
+
+    def keep(step: int) -> None:  # once more, and bit for bit the same, where a kill came before the step was saved
+        file = job.folder / f"encoder@{step}.pt"
+        checkpoint.save(file, {"encoder": method.transferable_state(), "card": card(step)})
+
+    outcome = _train(job, method, part, batches, rank, world, device, looks, look, keep)
+    end = card(outcome.step)
     if rank == 0:
-        card = {"method": part.name, "network": experiment.network.name, "channels": store.channels, "data": store.name}
-        card |= {
-            "steps": outcome.step,
-            "config": experiment.tree(),
-            "chain": f"{part.name}:{store.name}@{outcome.step}",
-        }
-        checkpoint.save(job.folder / "encoder.pt", {"encoder": method.transferable_state(), "card": card})
-    return {"status": outcome.status, "step": outcome.step, "losses": outcome.losses, "monitors": outcome.monitors}
+        checkpoint.save(job.folder / "encoder.pt", {"encoder": method.transferable_state(), "card": end})
+    done = {"status": outcome.status, "step": outcome.step, "losses": outcome.losses, "monitors": outcome.monitors}
+    return done | {"chain": end["chain"]} | ({"probe": readings} if readings else {})
+
+
+def _probing(job: Job, method: Method, encoder: Any, hear: Hear) -> tuple[list[dict[str, float]], Look]:
+    """The probes of a pretraining so far, and the function that looks and adds one.
+
+    What is probed is what fine-tuning would receive, in an `encoder` of its own: the method is only read.
+    """
+    work, file = job.work, job.folder / "probe.json"
+    classes = Store.open(work.store).classes
+    learnt_from, asked = probed_patients(work.split)
+    reference = probe.thinned(work.slices("train", learnt_from).volumes())
+    validation = probe.thinned(work.slices("val", asked).volumes())
+    readings: list[dict[str, float]] = json.loads(file.read_text()) if file.exists() else []
+    for reading in readings:  # of the process that this one continues
+        hear(int(reading["step"]), reading["dice"])
+
+    def look(step: int) -> dict[str, float]:
+        encoder.load_state_dict(method.transferable_state())
+        seen = dataclasses.asdict(probe.look(encoder, reference, validation, classes))
+        readings[:] = [reading for reading in readings if reading["step"] < step] + [{"step": step, **seen}]
+        atomic.write_json(file, readings)
+        hear(step, seen["dice"])
+        return {f"probe/{name}": value for name, value in seen.items()}
+
+    return readings, look
 
 
 def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str, Any]:
@@ -154,18 +239,22 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
     experiment, store, split = job.chain.experiment, Store.open(job.work.store), job.work.split
     part = experiment.finetune
     torch.set_num_threads(experiment.resources.cpus)
-    model = _start(job, store)
+    model, before = _start(job, store)
     method = find.load("method", part.name).METHOD(model, part.settings)
     batches = _batches(job, part, labelled_patients(experiment, split), True, rank, world, device)
     best = job.folder / "best.pt"
     validation = list(job.work.slices("val").volumes()) if rank == 0 else []
 
-    def look(step: int) -> None:
+    def look(step: int) -> dict[str, float]:
         score = _mean(_scores(model, validation, store, experiment, "val", surface=False), experiment)
         if not best.exists() or score > checkpoint.load(best)["validation"]:
-            checkpoint.save(best, {"network": model.state_dict(), "validation": score, "step": step})
+            checkpoint.save(best, {"network": model.state_dict(), "validation": score, "step": step, "chain": chain})
+        return {"validation": score}
 
-    outcome = _train(job, method, part, batches, rank, world, device, look)
+    chain = " -> ".join([*before, f"{part.name}:{store.name}"])
+    assert part.training is not None
+    looks = loop.evenly(job.stage.steps, part.training.evaluations)
+    outcome = _train(job, method, part, batches, rank, world, device, looks, look)
     if rank:
         return {}
     kept = checkpoint.load(best, device)
@@ -185,23 +274,34 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
         "validation": kept["validation"],
         "test": _mean([score for score in scores if score.part == "test"], experiment),
         "losses": outcome.losses,
+        "chain": kept["chain"],
     }
 
 
-def _start(job: Job, store: Store) -> Any:
-    """The network that a fine-tuning starts from: the encoder of its pretraining, or as that one was before its first step.
+def _start(job: Job, store: Store) -> tuple[Any, list[str]]:
+    """The network that a fine-tuning starts from, and how its encoder came to be.
+
+    The encoder is that of the pretraining, at its end or a snapshot, or the given one, or as it was before the first step.
 
     So the arm from scratch is a pretraining of zero steps: at one index all arms begin with equal encoders, and what is
     fresh in the decoder depends on the fine-tuning's seed alone.
     """
     torch.manual_seed(job.chain.encoder_seed)
-    start = network(job.chain.experiment, store.channels, len(store.classes)).encoder.state_dict()
+    initial = network(job.chain.experiment, store.channels, len(store.classes)).encoder.state_dict()
     torch.manual_seed(job.stage.seed)
     model = network(job.chain.experiment, store.channels, len(store.classes))
-    if job.stage.parent:
-        start = checkpoint.load(job.work.site.stage(job.stage.parent) / "encoder.pt")["encoder"]
-    checkpoint.transfer(start, model.encoder)
-    return model
+    checkpoint.transfer(initial, model.encoder)
+    start, own = job.chain.experiment.start, job.chain.pretraining
+    found = plan.origin(start)
+    file = job.work.site.stage(own.id) / "encoder.pt" if own else found.file if found else None
+    if file is None:
+        return model, []
+    if start.step is not None:
+        file = file.with_name(f"encoder@{start.step}.pt")
+        if not file.exists():
+            raise RunError(f"{file}: the pretraining ended before this snapshot; choose an earlier start.step")
+    given, _ = weights.begin(model.encoder, file, partial=start.partial and own is None)
+    return model, [given.chain]
 
 
 def _batches(
@@ -211,6 +311,11 @@ def _batches(
     assert part.training is not None
     size, seed, wanted = part.training.batch, job.stage.seed, tuple(patients)
     store, choice = Store.open(job.work.store), job.chain.experiment.data.stream
+    few = plan.labelled_slices(job.chain.experiment, store, job.work.split) if labelled else None
+    if few is not None:
+        there = job.work.slices("train") if job.work.arrays is not None else stream.Slices.read(store, wanted, True)
+        here = there.only(few).to(device)
+        return lambda start: stream.node_batches(here, size, seed=seed, start=start, rank=rank, world=world)
     solid = job.chain.experiment.spatial_dims == 3
     fits = choice != "auto" or stream.fits(store, wanted, labelled)
     if solid and not fits:
@@ -242,19 +347,30 @@ def _train(
     rank: int,
     world: int,
     device: torch.device,
-    look: Callable[[int], None] | None = None,
+    looks: Set[int],
+    look: Look | None,
+    keep: Callable[[int], None] | None = None,
 ) -> loop.Outcome:
-    """The loop, with this stage's checkpoint, progress file, log and board."""
+    """The loop, with this stage's checkpoint, progress file, log and board; they show what `look` gives, too."""
     assert part.training is not None
     saved = job.folder / "checkpoint.pt"
-    progress = Progress(job.folder, job.stage.steps)
+    progress, shown = Progress(job.folder, job.stage.steps), dict[str, float]()
     resume = checkpoint.load(saved, device) if saved.exists() else None
     with Board(job.folder if rank == 0 else None, job.runs) as board:
 
+        def show(step: int, values: Mapping[str, float]) -> None:
+            shown.update(values)
+            progress.show(step, " ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+
         def on_step(step: int, losses: dict[str, float], monitors: dict[str, float], lr: float) -> None:
-            text = " ".join(f"{name} {value:.3f}" for name, value in {**losses, **monitors}.items())
-            progress.show(step, text)
+            show(step, {**losses, **monitors})
             board.scalars(step, {**{f"loss/{name}": value for name, value in losses.items()}, **monitors, "lr": lr})
+
+        def looked(step: int) -> None:
+            assert look is not None
+            seen = dict(look(step))
+            board.scalars(step, seen)
+            show(step, dict([*seen.items()][:1]))  # the one that ranks; a line has no room for all
 
         progress.show(resume["step"] if resume else 0, "starting")
         return loop.train(
@@ -270,7 +386,9 @@ def _train(
             on_step=on_step,
             save=lambda state: checkpoint.save(saved, state),
             save_seconds=job.chain.experiment.resources.checkpoint_seconds,
-            look=look,
+            looks=looks,
+            look=looked,
+            keep=keep,
         )
 
 

@@ -333,6 +333,39 @@ def best_probability(means: ArrayLike, errors: ArrayLike, df: int, *, draws: int
     return np.bincount(winners, minlength=len(means)) / draws
 
 
+def posterior_means(means: ArrayLike, errors: ArrayLike) -> Array:
+    """Each arm's expected score given those of all arms, (a,): its mean, shrunk towards the common one.
+
+    means, errors   (a,) of each of at least three arms and its standard error, all positive
+
+    Arms are taken as draws from a normal distribution of unknown mean mu and deviation tau:
+
+        E[theta_i | y, tau] = mu + tau² w_i (y_i - mu),    w_i = 1 / (tau² + error_i²),    mu = sum_i w_i y_i / sum_i w_i
+
+    averaged over tau's posterior under a flat prior (Gelman et al., Bayesian Data Analysis, 3rd ed., sec. 5.4), so that arms
+    whose estimated tau would be 0 still keep their order. What was repeated less is shrunk more: the highest mean need not win.
+    """
+    means, errors = np.asarray(means, float), np.asarray(errors, float)
+    scale = np.ptp(means) + errors.max()
+    tau = np.linspace(0.0, 3.0, 301)[1:, None] * scale  # the likelihood falls as tau^(1 - a) beyond
+    variance = tau**2 + errors**2
+    weight = 1 / variance
+    mu = (weight * means).sum(axis=1, keepdims=True) / weight.sum(axis=1, keepdims=True)
+    log = -0.5 * (np.log(variance) + (means - mu) ** 2 / variance).sum(axis=1) - 0.5 * np.log(weight.sum(axis=1))
+    posterior = np.exp(log - log.max())
+    shrunk = mu + tau**2 / variance * (means - mu)
+    return np.asarray(posterior @ shrunk / posterior.sum(), float)
+
+
+def pareto(scores: ArrayLike, costs: ArrayLike) -> list[bool]:
+    """Of each point whether none beats it, (a,): has at least its score at most its cost, and is better in one of them."""
+    scores, costs = np.asarray(scores, float), np.asarray(costs, float)
+    no_worse = (scores[:, None] >= scores) & (costs[:, None] <= costs)
+    better = (scores[:, None] > scores) | (costs[:, None] < costs)
+    beaten = np.asarray(no_worse & better).any(axis=0)
+    return [not one for one in np.atleast_1d(beaten)]
+
+
 def normal_sample_size(sd: float, wanted: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
     """Units per arm, unrounded, to see the difference `wanted` between two arms, were the `sd` of their units known.
 

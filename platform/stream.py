@@ -112,6 +112,16 @@ class Slices:
             kept &= self.labelled == labelled
         return self if kept.all() else self._each(lambda tensor: tensor[kept])
 
+    def only(self, chosen: Iterable[tuple[str, int]]) -> "Slices":
+        """The slices that are named by volume and slice_index; padding stays."""
+        numbers = {name: number for number, name in enumerate(self.volume_names)}
+        wanted = {(numbers[volume], index) for volume, index in chosen}
+        places = zip(self.volume.tolist(), self.slice_index.tolist(), strict=True)
+        kept = torch.tensor([place in wanted for place in places], device=self.image.device)
+        if int(kept.sum()) != len(wanted):
+            raise RunError(f"{len(wanted)} slices are wanted, {int(kept.sum())} of them are there; prepare the data anew")
+        return self._each(lambda tensor: tensor[kept])
+
     def take(self, index: ArrayLike | Tensor) -> Batch:
         """The batch of the slices at these rows, copied, on the set's device."""
         rows = torch.as_tensor(index, device=self.image.device)

@@ -15,20 +15,29 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from medssl.platform import atomic, catalogue, config, find, ledger, plan, spending, trackers
 from medssl.platform.config import Experiment
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain
 from medssl.platform.site import Site, provenance
+from medssl.platform.spaces import load_space
 from medssl.platform.store import Store
+
+if TYPE_CHECKING:
+    from medssl.platform import search
 
 Say = Callable[[str], None]
 Settings = Mapping[str, Any]  # dotted
+
+SEARCHES = ("grid", "race", "tpe", "gp", "random")
+CONFIRM = 5  # fresh pretrainings against as many: the smallest p is 1/126, enough for Holm over a handful of comparisons
+FRESH = 10_000  # pretrainings of a plan that no arm has yet are counted from here
+AGAINST = ("gpu-hours", "labels")
+LEAST_RACE = 4  # pretrainings per arm of the grid that a race stands for: it begins with half of them everywhere
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,11 @@ class Request:
     data: str
     k: int
     m: int
-    search: str = "grid"
+    search: str | None = None  # None: what the space says, else grid
     trials: int = 20
     files: tuple[Path, ...] = ()
     overrides: tuple[str, ...] = ()
+    confirm: int | None = None  # fresh pretrainings of the leading arms and the controls; None: CONFIRM after a search
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,8 @@ class Sweep:
     store: Path
     split: str
     folder: Path
+    compare: Mapping[str, str] = dataclasses.field(default_factory=dict)  # arms whose control is not `control`
+    confirm: int = 0  # fresh pretrainings of the leading arms, after the search
 
     @property
     def file(self) -> Path:
@@ -84,49 +96,105 @@ class Sweep:
     def experiment(self, settings: Settings) -> Experiment:
         return config.build(config.suited(self.defaults, config.stack([self.base, config.nested(settings)])))
 
-    def chains(self) -> list[Chain]:
-        """Every chain of every arm asked for so far."""
+    def repeats(self) -> dict[str, dict[str, list[int]]]:
+        """Of each arm, the pretrainings asked for so far: those of the search, and those that only confirm."""
+        with contextlib.suppress(FileNotFoundError):
+            return json.loads((self.folder / "repeats.json").read_text())
+        return {}
+
+    def chains(self, phase: str | None = None) -> list[Chain]:
+        """Every chain of every arm asked for so far; of one phase, `search` or `confirm`, or of both."""
         store = Store.open(self.store)
         split = catalogue.split(store, self.split)
-        found = []
+        every = {"search": list(range(self.k))} if self.search == "grid" else {}
+        repeats, found = self.repeats(), []
         for label, settings in self.arms().items():
-            experiment = plan.resolve(self.experiment(settings), store, split)
-            found += [plan.chain(label, index, self.m, experiment, store, split) for index in range(self.k)]
+            known = every | repeats.get(label, {})
+            indices = [index for name, some in known.items() if phase in (None, name) for index in some]
+            if indices:
+                experiment = plan.resolve(self.experiment(settings), store, split)
+                found += [plan.chain(label, index, self.m, experiment, store, split) for index in indices]
         return found
 
-
-def load_space(name: str) -> ModuleType:
-    """A file of search_spaces/, or any Python file by its path."""
-    if not name.endswith(".py"):
-        return find.load("space", name)
-    path = Path(name)
-    spec = spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise UsageError(f"{name}: no such space file; a name without .py is looked up in search_spaces/")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for needed in ("QUESTION", "CONTROL", "arms"):
-        if not hasattr(module, needed):
-            raise UsageError(f"{name}: a space file needs {needed} (search_spaces/__init__.py says how one is written)")
-    return module
+    def shown(self, phase: str | None, runs: Path) -> tuple[str, list[Chain]]:
+        """What a leaderboard ranks: the phase asked for; without one the confirmation, once each of its arms has a score."""
+        if phase not in (None, "search", "confirm"):
+            raise UsageError(f"--phase {phase}: {find.nearest(phase, ['search', 'confirm'])}")
+        confirmed = self.chains("confirm") if phase != "search" else []
+        scored = {chain.arm for chain in confirmed if any(ledger.holds(runs, stage.id) for stage in chain.finetunings)}
+        if phase == "confirm" and not scored:
+            raise UsageError(f"{self.folder.name} has confirmed nothing yet; `medssl sweep --confirm K` asks for it")
+        if phase == "confirm" or (scored and scored == {chain.arm for chain in confirmed}):
+            return "confirm", confirmed
+        return "search", self.chains("search")
 
 
-def layers(data: str, files: tuple[Path, ...], overrides: tuple[str, ...]) -> dict[str, Any]:
-    """The settings' tree of a command line: files, then overrides."""
+def layers(data: str, files: tuple[Path, ...], overrides: tuple[str, ...], last: Settings | None = None) -> dict[str, Any]:
+    """The settings' tree of a command line: files, then overrides, then what its own words say (`last`).
+
+    Given weights become an absolute path, and bring their network where medssl pretrained them.
+    """
     given = dict(map(config.override, overrides))
-    return config.stack([*map(config.read, files), config.nested(given), {"data": {"name": data}}])
+    tree = config.stack([*map(config.read, files), config.nested(given), last or {}, {"data": {"name": data}}])
+    start = tree.get("start")
+    if not isinstance(start, Mapping) or not isinstance(start.get("weights"), str):
+        return tree
+    place = Site.here().find_weights(start["weights"])
+    tree = config.stack([tree, {"start": {"weights": str(place)}}])
+    if place.is_file():
+        return tree
+    theirs = json.loads((place / "run.json").read_text())["config"]["network"]
+    typed = tree.get("network") or {}
+    asked, trained = typed.get("spatial_dims"), theirs.get("spatial_dims", 2)
+    if asked not in (None, trained):
+        raise UsageError(f"start.weights: the encoder of {place.name} reads {trained}D, not {asked}D; pretrain one in {asked}D")
+    return tree if typed.get("name", theirs["name"]) != theirs["name"] else config.stack([{"network": theirs}, tree])
+
+
+def _base(request: Request, space: ModuleType) -> dict[str, Any]:
+    """The tree that all arms of a request share: the space's defaults, and what was typed over them."""
+    typed = layers(request.data, request.files, request.overrides)
+    return config.stack([config.nested(getattr(space, "DEFAULTS", {})), typed])
+
+
+def _arms(space: ModuleType) -> dict[str, Settings]:
+    """The arms of a space; weights that one names become an absolute path, for workers start elsewhere."""
+    arms: dict[str, Settings] = {}
+    for label, settings in space.arms().items():
+        weights = settings.get("start.weights")
+        place = {"start.weights": str(Site.here().find_weights(weights))} if isinstance(weights, str) else {}
+        arms[label] = {**settings, **place}
+    return arms
+
+
+def _settled(request: Request) -> Request:
+    """The request with the kind of search and the confirmation that it leaves to the space and to us."""
+    usual: str = getattr(load_space(request.space), "SEARCH", "grid")
+    search = request.search or usual
+    if search not in SEARCHES:
+        raise UsageError(f"--search {search}: {find.nearest(search, SEARCHES)}")
+    confirm = request.confirm if request.confirm is not None else 0 if search == "grid" else CONFIRM
+    if search == "race" and (request.k < LEAST_RACE or not confirm):
+        raise UsageError(
+            f"--search race stands for a grid of at least --pretrainings {LEAST_RACE}, of which it runs half, and needs "
+            "--confirm: losing arms have too few repeats to be compared with the control"
+        )
+    return dataclasses.replace(request, search=search, confirm=confirm)
 
 
 def _check(request: Request) -> tuple[ModuleType, dict[str, Settings], dict[str, Settings] | None]:
     """The space, the controls and the grid of a request; every arm is built once, without data, to refuse early."""
     space = load_space(request.space)
-    if request.search not in ("grid", "tpe", "gp", "random"):
-        raise UsageError(f"--search {request.search}: {find.nearest(request.search, ['grid', 'tpe', 'gp', 'random'])}")
-    base = layers(request.data, request.files, request.overrides)
-    arms = space.arms()
-    if space.CONTROL not in arms:
-        raise UsageError(f'{request.space}: its control "{space.CONTROL}" is not among its arms')
-    varied = {key for settings in arms.values() for key in settings}
+    base, arms = _base(request, space), _arms(space)
+    for label in (space.CONTROL, *(label for pair in getattr(space, "COMPARE", {}).items() for label in pair)):
+        if label not in arms:
+            raise UsageError(f'{request.space}: its control "{label}" is not among its arms')
+    for name in getattr(space, "NEEDS", ()):
+        section, _, key = name.partition(".")
+        if (base.get(section) or {}).get(key) is None:
+            raise UsageError(f"{request.space} compares what only you can give: add -o {name}=…")
+    # null switches off, in one arm, what a command line may set for the others
+    varied = {key for settings in arms.values() for key, value in settings.items() if value is not None}
     for name in (config.override(text)[0] for text in request.overrides):
         if name in varied:
             raise UsageError(f"-o {name}: that is what {request.space} varies; leave it out, or write your own space file")
@@ -135,36 +203,71 @@ def _check(request: Request) -> tuple[ModuleType, dict[str, Settings], dict[str,
             config.build(config.stack([base, config.nested(settings)]))
         except UsageError as error:
             raise UsageError(f'arm "{label}": {error}') from error
-    if request.search == "grid":
-        return space, {}, arms
+    controls = {label: arms[label] for label in getattr(space, "CONTROLS", (space.CONTROL,))}
+    if request.search in ("grid", "race"):
+        if len(arms) <= len(controls):
+            raise UsageError(f"{request.space} has no arms beside its control: choose --search tpe, gp or random")
+        return space, controls, arms
     if not hasattr(space, "suggest"):
-        raise UsageError(f"{request.space} has no suggest(trial): it can only be searched as a grid")
-    controls = getattr(space, "CONTROLS", (space.CONTROL,))
-    return space, {label: arms[label] for label in controls}, None
+        raise UsageError(f"{request.space} has no suggest(trial): it can only be searched as a grid or a race")
+    return space, controls, None
 
 
-def _refuse_early(request: Request, store: Store, arms: Mapping[str, Settings]) -> Sweep:
-    """The sweep on its data. Raises UsageError for an arm that these data cannot give, before anything starts."""
-    sweep = _bind(request, load_space(request.space), store)
-    for settings in arms.values():
-        plan.resolve(sweep.experiment(settings), store, catalogue.split(store, sweep.split))
-    return sweep
+def fitted(
+    request: Request, space: ModuleType, store: Store, arms: Mapping[str, Settings], say: Say
+) -> tuple[Sweep, dict[str, Settings]]:
+    """The sweep on its data, and the arms that these allow.
+
+    Left out, and said: an arm that asks for more labels than there are, and one that is another arm over again (of 4 labelled
+    patients, "4" and "all"). Raises UsageError for whatever else the data cannot give, before anything starts.
+    """
+    sweep = _bind(request, space, store)
+    split = catalogue.split(store, sweep.split)
+    kept: dict[str, Settings] = {}
+    seen: dict[str, str] = {}
+    for label, settings in arms.items():
+        try:
+            experiment = plan.resolve(sweep.experiment(settings), store, split)
+        except plan.TooFewLabels as error:
+            if label == sweep.control or not {"data.labelled", "data.labelled_slices"} & settings.keys():
+                raise
+            say(f'arm "{label}" is left out: {error}')
+            continue
+        identity = plan.chain(label, 0, 1, experiment, store, split).finetunings[0].id
+        if (twin := seen.setdefault(identity, label)) != label:
+            say(f'arm "{label}" is left out: on these data it is the same as "{twin}"')
+            continue
+        kept[label] = settings
+    return sweep, kept
 
 
 def _bind(request: Request, space: ModuleType, store: Store) -> Sweep:
     """The sweep of a request in its folder; k and m grow an earlier one with the same name."""
-    base = layers(request.data, request.files, request.overrides)
+    base = _base(request, space)
     split = catalogue.split(store, config.build(config.suited(store.defaults, base)).data.split)
     name = Path(request.space).stem.replace("_", "-")
     what = [_decisive(base), store.defaults, store.content_hash, dataclasses.asdict(split), request.search]
-    what.append(space.arms() if request.search == "grid" else Path(str(space.__file__)).read_text())
+    what.append(_arms(space) if request.search in ("grid", "race") else Path(str(space.__file__)).read_text())
     folder = Site.here().runs / "sweeps" / f"{name}-{store.name}-{config.digest(what)[:6]}"
-    k, m = request.k, request.m
+    assert request.search is not None
+    k, m, confirm = request.k, request.m, request.confirm or 0
     if (folder / "sweep.json").exists():
         earlier = Sweep.open(folder)
-        k, m = max(k, earlier.k), max(m, earlier.m)
+        k, m, confirm = max(k, earlier.k), max(m, earlier.m), max(confirm, earlier.confirm)
     return Sweep(
-        name, space.QUESTION, space.CONTROL, request.search, base, store.defaults, k, m, store.root, split.name, folder
+        name,
+        space.QUESTION,
+        space.CONTROL,
+        request.search,
+        base,
+        store.defaults,
+        k,
+        m,
+        store.root,
+        split.name,
+        folder,
+        getattr(space, "COMPARE", {}),
+        confirm,
     )
 
 
@@ -185,18 +288,30 @@ def dry_run(
     calibrate: bool = False,
 ) -> str:
     """The plan of a request, as text. Imports neither torch (unless to calibrate) nor ray (unless to ask a cluster)."""
+    request = _settled(request)
     space, controls, grid = _check(request)
     store = catalogue.open_store(request.data, say=say)
-    sweep = _bind(request, space, store)
+    sweep, kept = fitted(request, space, store, controls if grid is None else grid, say)
     split = catalogue.split(store, sweep.split)
-    arms = {label: plan.resolve(sweep.experiment(settings), store, split) for label, settings in (grid or controls).items()}
+    arms = {label: plan.resolve(sweep.experiment(settings), store, split) for label, settings in kept.items()}
     text = plan.describe(arms, sweep.k, sweep.m, store, split, Site.here().finished())
-    chains = [plan.chain(label, n, sweep.m, one, store, split) for label, one in arms.items() for n in range(sweep.k)]
     if grid is None:
         text += f"\nsearch   {request.search}: up to {request.trials} more arms, losing ones stopped after a pretraining"
-        searched = plan.resolve(sweep.experiment({}), store, split)  # as many chains, of indices that no arm has
-        more = range(sweep.k, sweep.k * (1 + request.trials))
-        chains += [plan.chain("searched", index, sweep.m, searched, store, split) for index in more]
+    most = None
+    if request.search == "race":
+        from medssl.platform.race import Race
+
+        most = Race(tuple(controls), sweep.k, sweep.confirm).allowance(len(arms))
+        text += f"\nrace     at most {most} of the {len(arms) * sweep.k} pretrainings above, those of losing arms left out"
+    if sweep.confirm:
+        text += f"\nconfirm  {sweep.confirm} fresh pretrainings of the two leading arms and of each control"
+    chains = [plan.chain(label, n, sweep.m, one, store, split) for n in range(sweep.k) for label, one in arms.items()][:most]
+    # arms that a search will ask for, leading arms, controls again: as many chains, of indices that no arm has
+    usual = plan.resolve(sweep.experiment({}), store, split)
+    more = (0 if grid is not None else sweep.k * request.trials) + 2 * sweep.confirm
+    chains += [plan.chain("searched", FRESH + n, sweep.m, usual, store, split) for n in range(more)]
+    again = [(label, FRESH + n) for label in controls for n in range(sweep.confirm)]
+    chains += [plan.chain(label, n, sweep.m, arms[label], store, split) for label, n in again]
     text += _outlook(sweep, chains, len(arms) - 1, say, address=address, price=price, wanted=wanted, calibrate=calibrate)
     return f"{space.QUESTION}\n{text}\nsmallest p that {sweep.k} pretrainings per arm can give: {smallest_p(sweep.k):.3g}"
 
@@ -248,11 +363,15 @@ def run(
     time_budget: str | None,
     address: str | None,
     wanted: float = 0.01,
+    against: str | None = None,
     price: float | None = None,
     max_cost: float | None = None,
     say: Say,
 ) -> str:
     """Do what is missing of a sweep and answer with its leaderboard."""
+    request = _settled(request)
+    if against not in (None, *AGAINST):
+        raise UsageError(f"--against {against}: {find.nearest(against, AGAINST)}")
     if max_cost is not None and price is None:
         raise UsageError("--max-cost needs --price, what one machine costs per hour in the same currency")
     space, controls, grid = _check(request)
@@ -261,30 +380,96 @@ def run(
     with ThreadPoolExecutor(1) as beside:
         preparing = beside.submit(catalogue.open_store, request.data, say)
         if catalogue.is_prepared(request.data):
-            _refuse_early(request, preparing.result(), grid or controls)
+            fitted(request, space, preparing.result(), grid or controls, lambda text: None)
         with connected(address):  # which takes seconds to come up, in which data are prepared
             store = preparing.result()
-            sweep = _refuse_early(request, store, grid or controls)
+            sweep, kept = fitted(request, space, store, controls if grid is None else grid, say)
+            controls, grid = {label: kept[label] for label in controls}, None if grid is None else kept
             with atomic.owned(sweep.folder) as mine:
                 if not mine:
                     raise RunError(f"{sweep.folder.name} is being run by another process; `medssl status` shows it")
                 sweep.save()
                 (sweep.folder / "stop").unlink(missing_ok=True)
                 meter = spending.Meter(sweep.folder, price=price, limit=max_cost, machines=_machines)
-                failed: dict[str, str] = {}
-                if not meter.exhausted:
-                    failed = _fit(sweep, controls, grid, getattr(space, "suggest", None), request.trials, seconds, meter, say)
-    if failed:
+                nested = None if meter.exhausted else _fit(sweep, space, controls, grid, request.trials, seconds, meter, say)
+    failed = {arm.label: arm.failed for arm in nested.arms.values() if arm.failed} if nested else {}
+    if nested and (failed or nested.impossible):
         with contextlib.suppress(RunError):  # nothing to rank: the reasons say enough
             say(leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted))
-        raise RunError("; ".join(f'arm "{label}" failed: {why}' for label, why in failed.items()))
+        reasons = [f'arm "{label}" failed: {why}' for label, why in failed.items()]
+        raise RunError("; ".join([*reasons, *([nested.impossible] if nested.impossible else [])]))
     stages = {stage.id for chain in sweep.chains() for stage in chain.stages}
     left = stages - Site.here().finished()
-    if left and (sweep.search == "grid" or meter.exhausted):  # a search leaves repeats of losing arms out on purpose
-        say(f"stopped with {len(left)} of {len(stages)} stages to go{_missing(sweep, meter)}")
+    if left or (nested and not nested.over):
+        to_go = f"{len(left)} of {len(stages)} stages" if sweep.search == "grid" else "the search"
+        say(f"stopped with {to_go} to go{_missing(sweep, meter)}")
         if not any(ledger.holds(Site.here().runs, stage) for stage in stages):
             return "no fine-tuning has finished yet"
-    return leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted)
+    answer = leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted)
+    chosen = _chosen(sweep, nested) if nested and (sweep.search != "grid" or sweep.confirm) else ""
+    front = f"\n{pareto(sweep, against)}" if against else ""
+    return answer + chosen + front
+
+
+def _steps(part: config.Part | None) -> int:
+    """Steps of a resolved part."""
+    assert part is not None
+    assert part.training is not None
+    assert part.training.steps is not None
+    return part.training.steps
+
+
+def _chosen(sweep: Sweep, nested: "search.NestedSearch") -> str:
+    """What the search chose, by validation scores alone; also left in standings.json."""
+    from medssl.platform import race
+
+    found = race.standings(nested.scores(confirmed=True))
+    atomic.write_json(sweep.folder / "standings.json", [dataclasses.asdict(standing) for standing in found])
+    if not found:
+        return ""
+    best = found[0]
+    stopped = sum(arm.stopped is not None for arm in nested.arms.values())
+    return (
+        f"\nchosen   {best.arm}: validation {best.posterior:.3f} by posterior mean ({best.mean:.3f} over its {best.k} "
+        f"pretrainings); {len(found)} arms, {stopped} given up early\n"
+    )
+
+
+def pareto(sweep: Sweep, against: str) -> str:
+    """The arms that no other beats in both validation score and cost, as text; all arms are left in pareto.json.
+
+    gpu-hours   measured hours of a pretraining with its fine-tunings, times the workers; hours of cores where no GPU is
+    labels      labelled training patients of the fine-tuning
+    """
+    from medssl.platform import race, statistics
+
+    site, store = Site.here(), Store.open(sweep.store)
+    split = catalogue.split(store, sweep.split)
+    scores: dict[str, list[float]] = {}
+    costs: dict[str, list[float]] = {}
+    for chain in sweep.chains():
+        done = [site.done(stage.id) for stage in chain.stages]
+        ended = [one for one in done if one]
+        if len(ended) < len(done):
+            continue
+        validation = [one["validation"] for one in ended if "validation" in one]
+        hours = sum(one["seconds"] for one in ended) / 3600 * chain.experiment.resources.workers
+        cost = hours if against == "gpu-hours" else float(len(plan.labelled_patients(chain.experiment, split)))
+        scores.setdefault(chain.arm, []).append(sum(validation) / len(validation))
+        costs.setdefault(chain.arm, []).append(cost)
+    found = [(arm.arm, arm.posterior, sum(costs[arm.arm]) / len(costs[arm.arm])) for arm in race.standings(scores)]
+    on = statistics.pareto([score for _, score, _ in found], [cost for *_, cost in found]) if found else []
+    points = [
+        {"arm": arm, "validation": score, against: cost, "front": front}
+        for (arm, score, cost), front in zip(found, on, strict=True)
+    ]
+    atomic.write_json(sweep.folder / "pareto.json", points)
+    lines = [
+        f"  {point['arm']:<24} {point['validation']:.3f}  {point[against]:.4g} {against}" for point in points if point["front"]
+    ]
+    return "\n".join(
+        [f"front    validation score (posterior mean) against {against}, arms that no other beats in both", *lines]
+    )
 
 
 def _missing(sweep: Sweep, meter: spending.Meter) -> str:
@@ -306,31 +491,55 @@ def _machines() -> int:
 
 def _fit(
     sweep: Sweep,
+    space: ModuleType,
     controls: Mapping[str, Settings],
     grid: Mapping[str, Settings] | None,
-    suggest: Any,
     trials: int,
     seconds: float | None,
     meter: spending.Meter,
     say: Say,
-) -> dict[str, str]:
-    """Let Ray Tune run every missing chain; returns the arms that failed, with their reasons."""
+) -> "search.NestedSearch":
+    """Let Ray Tune run every missing chain; returns the searcher, which knows what became of each arm."""
     import ray
     from ray import tune
 
     from medssl.platform import search, watch
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    resources = sweep.experiment({}).resources
+    shared_by_all = sweep.experiment({})
+    resources = shared_by_all.resources
     arms = dict(sweep.arms()) | {label: dict(settings) for label, settings in (grid or controls).items()}
-
-    def record(arm: search.Arm) -> None:
-        arms[arm.label] = dict(arm.settings)
-        atomic.write_json(sweep.folder / "arms.json", arms)
-
     atomic.write_json(sweep.folder / "arms.json", arms)
-    study = search.open_study(sweep.folder, cast(search.Kind, sweep.search), seed=sweep.experiment({}).seed)
-    nested = search.NestedSearch(study, controls, grid, suggest, k=sweep.k, trials=trials, record=record)
+    repeats = sweep.repeats()
+
+    def record(arm: search.Arm, index: int) -> None:
+        if arms.get(arm.label) != dict(arm.settings):
+            arms[arm.label] = dict(arm.settings)
+            atomic.write_json(sweep.folder / "arms.json", arms, durable=False)
+        phase = "confirm" if index >= search.CONFIRM else "search"
+        if sweep.search == "grid" and phase == "search":
+            return  # all k of them, known from the start
+        asked = repeats.setdefault(arm.label, {}).setdefault(phase, [])
+        if index not in asked:
+            asked.append(index)
+            atomic.write_json(sweep.folder / "repeats.json", repeats, durable=False)
+
+    store = Store.open(sweep.store)
+    split = catalogue.split(store, sweep.split)
+    nested = search.NestedSearch(
+        search.open_study(sweep.folder, cast(search.Kind, sweep.search), seed=shared_by_all.seed),
+        controls,
+        grid,
+        getattr(space, "suggest", None),
+        kind=cast(search.Kind, sweep.search),
+        k=sweep.k,
+        trials=trials,
+        record=record,
+        confirm=sweep.confirm,
+        refuse=lambda settings: plan.resolve(sweep.experiment(settings), store, split),
+    )
+    pretrain = plan.resolve(shared_by_all, store, split).pretrain
+    probing = sweep.search != "grid" and pretrain is not None and getattr(pretrain.training, "probes", 0) > 0
     share, at_once = _share(resources, ray.cluster_resources())
     meter.places(at_once)
     shared = ray.remote(num_cpus=1)(_arrays).remote(sweep.store, sweep.split)
@@ -338,7 +547,12 @@ def _fit(
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=nested, num_samples=-1, reuse_actors=True, max_concurrent_trials=at_once, time_budget_s=seconds
+            search_alg=nested,
+            scheduler=search.Lagging(nested, grace=_steps(pretrain) // 4) if probing else None,
+            num_samples=-1,
+            reuse_actors=True,
+            max_concurrent_trials=at_once,
+            time_budget_s=seconds,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -349,7 +563,11 @@ def _fit(
     )
     with watch.Watcher(Site.here(), sweep.folder, say, meter):
         tuner.fit()
-    return {arm.label: arm.failed for arm in nested.arms.values() if arm.failed}
+    for arm in nested.arms.values():  # a pretraining that was stopped on its way is not waited for
+        if arm.stopped:
+            repeats.setdefault(arm.label, {})["search"] = [index for index in sorted(arm.scores) if index < search.CONFIRM]
+    atomic.write_json(sweep.folder / "repeats.json", repeats)
+    return nested
 
 
 def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
@@ -362,6 +580,8 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
 
     from medssl.platform import stages
 
+    if not gc.get_freeze_count():
+        gc.freeze()  # what was imported stays: the collection below need not walk over torch after every chain
     store = Store.open(sweep.store)
     split = catalogue.split(store, sweep.split)
     try:
@@ -369,9 +589,18 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
         chain = plan.chain(settings["arm"], settings["index"], sweep.m, experiment, store, split)
         site = Site(data=sweep.store.parent, runs=sweep.folder.parent.parent)
         work = stages.Work(site, sweep.store, split, ray.get(shared[0]), sweep.folder.name)
-        stages.run_chain(chain, work, lambda scores: tune.report({"score": sum(scores) / len(scores), "failed": ""}))
+
+        def tell(scores: list[float]) -> None:
+            report = {"score": sum(scores) / len(scores), "failed": "", "complete": len(scores) == len(chain.finetunings)}
+            tune.report(report)
+
+        def probe(step: int, score: float) -> None:  # where the searcher stops the chain, this does not return
+            tune.report({"step": step, "probe": score, "score": float("nan"), "failed": "", "complete": False})
+
+        training = experiment.pretrain.training if experiment.pretrain else None
+        stages.run_chain(chain, work, tell, **({"probe": probe} if getattr(training, "probes", 0) else {}))
     except (UsageError, RunError, ValueError) as error:  # the same would happen again: no retry
-        tune.report({"score": float("nan"), "failed": str(error)})
+        tune.report({"score": float("nan"), "failed": str(error), "complete": False})
     finally:
         gc.collect()
         if torch.cuda.is_available():
@@ -436,25 +665,8 @@ def _seconds(text: str | None) -> float | None:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-def leaderboard(name: str | None, output: str, metric: str, wanted: float = 0.01) -> str:
+def leaderboard(name: str | None, output: str, metric: str, wanted: float = 0.01, phase: str | None = None) -> str:
     """The answer of a sweep as it stands, in one of the formats; also written into its folder."""
-    from medssl.platform import leaderboard as board
-    from medssl.platform.records import Run
+    from medssl.platform import answers
 
-    site = Site.here()
-    sweep = Sweep.open(site.find_sweep(name))
-    owners = {
-        stage.id: (chain.arm, chain.index, number) for chain in sweep.chains() for number, stage in enumerate(chain.finetunings)
-    }
-    scored = [stage for stage in owners if ledger.holds(site.runs, stage)]
-    if not scored:
-        raise RunError(f"{sweep.folder.name}: no fine-tuning has finished yet")
-    table = ledger.read(site.runs, scored)
-    by_patient = ledger.by_patient(table, metric, "test")
-    if not by_patient:
-        raise UsageError(f'no metric "{metric}"; {find.nearest(metric, table["metric"].unique().to_pylist())}')
-    runs = [Run(*owner, by_patient.get(stage, {})) for stage, owner in owners.items()]  # empty: not finished, and counted
-    ranked = board.rank(runs, sweep.control, metric=metric, wanted=wanted)
-    for kind in ("md", "csv", "json"):
-        atomic.write_text(sweep.folder / f"leaderboard.{kind}", board.render(ranked, kind))
-    return board.render(ranked, output)
+    return answers.answer([name] if name else [], output, metric, wanted, phase=phase)

@@ -15,7 +15,7 @@ CONTROL = "from scratch"
 def arms() -> dict[str, dict[str, Any]]:
     """The paper's arms. Ends are as the paper means them: its 0.0001 stands for "more than none"."""
     return {
-        "from scratch": {"pretrain": None},
+        "from scratch": {"start.weights": None, "pretrain": None},
         "random crop": {"pretrain.iou": None},
         "[0, 0]": {"pretrain.iou": (0.0, 0.0), "pretrain.ends": "[]"},
         "(0, 0.3]": {"pretrain.iou": (0.0, 0.3), "pretrain.ends": "(]"},

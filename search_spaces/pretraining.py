@@ -11,4 +11,4 @@ CONTROL = "from scratch"
 
 
 def arms() -> dict[str, dict[str, Any]]:
-    return {"from scratch": {"pretrain": None}, "pretrained": {}}
+    return {"from scratch": {"start.weights": None, "pretrain": None}, "pretrained": {}}

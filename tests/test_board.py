@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import torch
 
 from medssl.methods.networks.unet import Config as UNetConfig
@@ -63,3 +64,11 @@ def test_a_picture_has_a_row_per_slice_and_a_panel_per_view_and_label():
     changed = (grey != painted).any(-1)
     assert changed[32:64, 32:64].all()
     assert not changed[:32].any()
+
+
+def test_a_smaller_view_stands_at_the_top_of_its_row():
+    large, small = torch.rand(2, 1, 130, 130), torch.rand(2, 1, 40, 40)
+    picture = side_by_side(Views([large, small]))
+    assert picture.shape == (260, 170, 3)
+    assert np.array_equal(picture[130:170, 130:], side_by_side(Views([small]))[120:240:3, ::3])
+    assert not picture[40:130, 130:].any()

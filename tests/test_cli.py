@@ -140,6 +140,8 @@ WRONG = {
     "a time without a unit": (("sweep", "iou-interval", "--time-budget", "10"), "30m"),
     "a run that is not there": (("evaluate", "segment-123"), "no run"),
     "a sweep that is not there": (("leaderboard",), "no sweep yet"),
+    "a report of a sweep that is not there": (("report",), "no sweep yet"),
+    "an unknown format": (("leaderboard", "--format", "htm"), "did you mean html?"),
     "an unknown command": (("sweeep",), "No such command"),
     "a preset's unknown key": (("data", "prepare", ".", "-o", "spacing=1"), "dataset.json|did you mean"),
 }
@@ -262,3 +264,145 @@ def test_doctor_tells_versions_devices_and_what_the_processor_executes(typed):
     assert code == 0
     assert found["processor"]["fp32"] == "works"
     assert {"torch", "ray", "optuna"} <= found["versions"].keys()
+
+
+SHORT = [
+    "-o", "network.width=8", "-o", "network.levels=2", "-o", "pretrain.side=8", "-o", "pretrain.d=8",
+    "-o", "pretrain.training.steps=4", "-o", "pretrain.training.batch=4", "-o", "finetune.side=16",
+    "-o", "finetune.training.steps=3", "-o", "finetune.training.batch=4", "-o", "finetune.training.evaluations=1",
+]  # fmt: skip
+
+
+def stage_of(out: str) -> str:
+    return out.splitlines()[-1].partition(":")[0]
+
+
+def test_pretraining_upon_pretraining_upon_a_file_is_chained_and_recorded(typed, tmp_path):
+    """A file, SimSiam on A, BYOL on B, fine-tuning on B: each begins where the one before ended, and the card says so."""
+    import torch
+
+    from medssl.methods.networks import unet
+    from medssl.platform import checkpoint
+
+    for name in "ab":
+        file = decathlon(tmp_path / name) / "dataset.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"name": name}))
+    encoder = unet.UNet(3, 2, unet.Config(width=8, levels=2)).encoder  # of three channels, as of photographs
+    torch.save(
+        {"state_dict": {f"encoder.{key}": value for key, value in encoder.state_dict().items()}}, tmp_path / "photos.pth"
+    )
+    first = ("pretrain", "simsiam", "--from", tmp_path / "photos.pth", "--data", tmp_path / "a", *SHORT)
+    code, out, error = typed(*first, "-o", "pretrain.bottleneck=4", "-o", "pretrain.training.lr=0")
+    assert code == 2, "end_lr is above lr"
+    still = ("-o", "pretrain.training.lr=0.0000000001", "-o", "pretrain.training.end_lr=0", "-o", "pretrain.bottleneck=4")
+    code, out, error = typed(*first, *still)
+    assert code == 0, error
+    assert out.rstrip().endswith("photos (whole network) -> simsiam:a@4")
+    stages = tmp_path / "runs" / "stages"
+    simsiam = stages / stage_of(out)
+    kept = checkpoint.load(simsiam / "encoder.pt")["encoder"]
+    for key, value in encoder.state_dict().items():
+        begun = value.sum(1, keepdim=True) if key == "blocks.0.0.weight" else value
+        assert torch.allclose(kept[key], begun, atol=1e-5), "a pretraining that hardly learns leaves what it was given"
+
+    code, out, error = typed("pretrain", "byol", "--from", simsiam.name[:10], "--data", tmp_path / "b", *SHORT)
+    assert code == 0, error
+    assert out.rstrip().endswith("photos (whole network) -> simsiam:a@4 -> byol:b@4")
+    byol = stages / stage_of(out)
+    assert json.loads((byol / "run.json").read_text())["parent"] == simsiam.name
+    card = checkpoint.load(byol / "encoder.pt")["card"]
+    assert card["chain"] == "photos (whole network) -> simsiam:a@4 -> byol:b@4"
+    assert card["start"] == simsiam.name
+    code, out, error = typed("pretrain", "byol", "--data", tmp_path / "b", *SHORT)
+    assert (code, stage_of(out) != byol.name) == (0, True), "another beginning is another stage"
+
+    code, out, error = typed("finetune", "--from", byol.name, "--data", tmp_path / "b", *SHORT)
+    assert code == 0, error
+    tuned = stages / stage_of(out)
+    assert checkpoint.load(tuned / "best.pt")["chain"].endswith("byol:b@4 -> segment:b")
+    code, out, error = typed("finetune", "--from", byol / "encoder.pt", "--data", tmp_path / "b", *SHORT)
+    assert (code, stage_of(out)) == (0, tuned.name), "the pretraining by another name"
+    code, out, error = typed("pretrain", "byol", "--from", tuned / "best.pt", "--data", tmp_path / "b", *SHORT)
+    assert code == 0, error
+    assert out.rstrip().endswith("byol:b@4 -> segment:b -> byol:b@4"), "supervised weights of our own"
+
+
+def test_a_snapshot_is_kept_and_fine_tuned_from(typed, tmp_path):
+    from medssl.platform import checkpoint
+
+    root = decathlon(tmp_path / "blobs")
+    words = ("simsiam", "--data", root, *SHORT, "-o", "pretrain.bottleneck=4")
+    code, out, error = typed("pretrain", *words, "-o", "pretrain.training.snapshots=[0.5, 3]")
+    assert code == 0, error
+    folder = tmp_path / "runs" / "stages" / stage_of(out)
+    assert sorted(file.name for file in folder.glob("encoder*")) == ["encoder.pt", "encoder@2.pt", "encoder@3.pt"]
+    early, end = (checkpoint.load(folder / name) for name in ("encoder@2.pt", "encoder.pt"))
+    assert early["card"]["chain"] == "simsiam:blobs@2"
+    assert checkpoint.digest(early["encoder"]) != checkpoint.digest(end["encoder"])
+    tuned = {}
+    for step in ("0.5", "2", "3", "4", "null"):
+        code, out, error = typed("finetune", "--from", folder.name, "--data", root, *SHORT, "-o", f"start.step={step}")
+        assert code == 0, error
+        tuned[step] = stage_of(out)
+    assert tuned["0.5"] == tuned["2"]
+    assert tuned["4"] == tuned["null"]
+    assert len(set(tuned.values())) == 3
+    best = checkpoint.load(tmp_path / "runs" / "stages" / tuned["2"] / "best.pt")
+    assert best["chain"] == "simsiam:blobs@2 -> segment:blobs"
+    code, _, error = typed("finetune", "--from", folder.name, "--data", root, *SHORT, "-o", "start.step=1")
+    assert (code, "no snapshot at step 1 (kept: 2, 3, and its end)" in error) == (2, True), error
+    code, out, error = typed("pretrain", *words, "--from", folder / "encoder@2.pt")
+    assert code == 0, error
+    assert out.rstrip().endswith("simsiam:blobs@2 -> simsiam:blobs@4")
+
+
+def test_weights_that_do_not_fit_are_refused_and_part_of_them_taken_when_asked_for(typed, tmp_path):
+    import torch
+
+    from medssl.methods.networks import unet
+
+    root = decathlon(tmp_path / "blobs")
+    deeper = unet.UNet(1, 2, unet.Config(width=8, levels=3)).encoder.state_dict()
+    torch.save(deeper, tmp_path / "deeper.pth")
+    words = ("finetune", "--from", tmp_path / "deeper.pth", "--data", root, *SHORT)
+    code, _, error = typed(*words)
+    assert (code, "unexpected (blocks.2.0.weight" in error, "start.partial=true" in error) == (1, True, True), error
+    code, _, error = typed(*words, "-o", "start.partial=true")
+    assert code == 0, error
+    code, _, error = typed("finetune", "--from", tmp_path / "absent.pth", "--data", root)
+    assert (code, "absent.pth: no such file" in error) == (2, True)
+
+
+def test_fine_tuning_on_a_few_slices_records_them(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    code, out, error = typed("finetune", "--data", root, *SHORT, "-o", "data.labelled_slices=3")
+    assert code == 0, error
+    run = json.loads((tmp_path / "runs" / "stages" / stage_of(out) / "run.json").read_text())
+    assert len(run["labelled_slices"]) == 3
+    code, _, error = typed("finetune", "--data", root, *SHORT, "-o", "data.labelled_slices=999")
+    assert (code, "data.labelled_slices=999: the labelled training patients have" in error) == (2, True)
+
+
+def test_a_space_that_needs_weights_says_so_and_shows_its_four_arms_when_given_some(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    words = ("sweep", "initialisation", "--data", root, "--dry-run", *SHORT)
+    code, _, error = typed(*words)
+    assert (code, "add -o start.weights=" in error) == (2, True), error
+    (tmp_path / "some.pth").write_bytes(b"not looked into by a plan")
+    code, out, error = typed(*words, "-o", f"start.weights={tmp_path / 'some.pth'}")
+    assert code == 0, error
+    assert "4 pretrainings and 16 fine-tunings" in out
+    assert "initial encoder: given weights, hierarchical" in out
+
+
+def test_budgets_beyond_the_data_and_arms_over_again_are_left_out_and_said(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs", patients=6)
+    code, out, error = typed("sweep", "label-fraction", "--data", root, "--dry-run", *SHORT)
+    assert code == 0, error
+    assert 'arm "pretrained, 8" is left out: data.labelled=8: split seed-0 has 4' in error, error
+    assert 'arm "pretrained, all" is left out: on these data it is the same as "pretrained, 4"' in error
+    assert "2 pretrainings and 24 fine-tunings" in out
+    code, _, error = typed("sweep", "label-fraction", "--data", root, "--dry-run", "-o", "data.labelled=2")
+    assert (code, "that is what label-fraction varies" in error) == (2, True)
+    code, _, error = typed("sweep", "pretraining", "--data", root, "--dry-run", "-o", "data.labelled=9")
+    assert (code, "data.labelled=9" in error) == (2, True), "what was asked for by hand is refused, not left out"

@@ -67,6 +67,15 @@ def test_what_is_wrong_is_named_with_what_was_expected(tree, message):
         config.build(tree)
 
 
+def test_a_method_with_encoders_of_its_own_is_refused_on_other_networks_with_the_remedy():
+    with pytest.raises(
+        UsageError, match=r"pretrain.name=ibot .* network.name=unet, only that of unetr; add -o network.name=unetr$"
+    ):
+        build(pretrain="ibot")
+    assert build(pretrain="ibot", network="unetr").network.name == "unetr"
+    assert build(pretrain="dino").network.name == "unet"
+
+
 def test_an_override_is_a_dotted_name_and_a_yaml_value():
     assert config.override("pretrain.iou=[0.1, 0.2]") == ("pretrain.iou", [0.1, 0.2])
     assert config.override("pretrain=null") == ("pretrain", None)

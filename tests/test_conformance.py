@@ -21,7 +21,7 @@ from medssl.platform import find
 
 METHODS, NETWORKS = find.names("method"), find.names("network")
 SMALL = {"side": 16, "width": 8, "levels": 3, "d": 16, "hidden": 16, "bottleneck": 8}  # where a Config has such a field
-SMALL |= {"patch": 8, "depth": 4, "heads": 2}
+SMALL |= {"patch": 8, "depth": 4, "heads": 2, "prototypes": 32}
 CLASSES = 3
 SOURCE = re.compile(r"https?://(arxiv\.org/abs/\d{4}\.\d{4,5}|doi\.org/10\.\d{4,}/\S+|\S+\.\S+/\S+)")
 
@@ -41,8 +41,13 @@ def wants(name: str) -> str:
     return next(p for p in list(inspect.signature(find.load("method", name).METHOD).parameters)[:1])
 
 
-def method(name: str, seed: int = 0, of: str = "unet") -> Any:
-    module, net = find.load("method", name), network(of, seed)
+def network_of(name: str) -> str:
+    """The network that a method is built with here: the first of those it declares, if it does."""
+    return find.constant("method", name, "ENCODERS", ("unet",))[0]
+
+
+def method(name: str, seed: int = 0, of: str | None = None) -> Any:
+    module, net = find.load("method", name), network(of or network_of(name), seed)
     return module.METHOD(net.encoder if wants(name) == "encoder" else net, shrunk(module.Config))
 
 
@@ -136,7 +141,7 @@ def test_loss_is_deterministic_given_the_views(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_what_transfers_loads_strictly_into_the_part_it_is_for(name):
     sent = method(name, seed=0).transferable_state()
-    fresh = network(seed=1)
+    fresh = network(network_of(name), seed=1)
     target = fresh.encoder if wants(name) == "encoder" else fresh
     target.load_state_dict(sent, strict=True)
     assert all(torch.equal(target.state_dict()[key], value) for key, value in sent.items())
@@ -182,8 +187,8 @@ SOLID = [name for name in NETWORKS if "spatial_dims" in {f.name for f in datacla
 
 
 def solid_method(name: str) -> Any:
-    """A method around the 3D U-Net."""
-    module, net = find.load("method", name), network(spatial_dims=3)
+    """A method around the 3D U-Net, or the network that it declares."""
+    module, net = find.load("method", name), network(network_of(name), spatial_dims=3)
     return module.METHOD(net.encoder if wants(name) == "encoder" else net, shrunk(module.Config))
 
 
@@ -277,6 +282,14 @@ def test_every_file_cites_a_source_that_can_be_opened(kind, name):
     text = ast.get_docstring(ast.parse(find.path(kind, name).read_text()))
     assert text
     assert SOURCE.search(text)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_encoders_that_a_method_declares_are_those_of_networks(name):
+    module = find.load("method", name)
+    encoders = find.constant("method", name, "ENCODERS", ())
+    assert encoders == getattr(module, "ENCODERS", ())
+    assert set(encoders) <= set(NETWORKS)
 
 
 def test_methods_import_without_ray_and_without_the_platform():

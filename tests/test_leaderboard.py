@@ -13,8 +13,9 @@ import pytest
 
 from medssl.platform import statistics
 from medssl.platform.errors import RunError, UsageError
-from medssl.platform.leaderboard import Leaderboard, rank, render
+from medssl.platform.leaderboard import Leaderboard, ordered, rank
 from medssl.platform.records import Run
+from medssl.platform.render import render
 
 # The 24 published scores of the IoU study: 2 pretrainings x 2 fine-tunings, its printed mean and population deviation
 STUDY = {
@@ -340,6 +341,28 @@ def test_unknown_format_is_refused(board):
         render(board, "jsn")
 
 
+def test_html_is_a_page_that_sorts_and_escapes(board):
+    runs = [*simulated(2, k=2, m=1), Run("<b>&", 0, 0, {f"p{n}": 0.5 for n in range(10)})]
+    text = render(rank(runs, "a0", metric="dice"), "html")
+    assert "<b>&" not in text
+    assert "&lt;b&gt;&amp;" in text
+    assert 'class="sortable"' in text
+    text = render(board, "html")
+    for row in board.rows:
+        assert f'data-value="{row.mean!r}"' in text, "columns sort by the number and not by what is shown"
+
+
+def test_rows_come_in_the_order_asked_for(board):
+    by_name = [row.arm for row in ordered(board, "arm").rows]
+    assert by_name == sorted(by_name)
+    far = [row.difference for row in ordered(board, "difference").rows]
+    assert far[-1] is None
+    assert [abs(gap) for gap in far[:-1]] == sorted((abs(gap) for gap in far[:-1]), reverse=True)
+    assert ordered(board, "mean") == board
+    with pytest.raises(UsageError, match="did you mean mean"):
+        ordered(board, "meen")
+
+
 def test_200_arms_are_ranked_in_two_seconds():
     runs = simulated(200, k=5, m=4, n=25)
     start = time.process_time()
@@ -347,3 +370,34 @@ def test_200_arms_are_ranked_in_two_seconds():
     render(board)
     assert time.process_time() - start < 2.0
     assert len(board.rows) == 200
+
+
+def test_each_arm_is_compared_with_its_own_control_in_one_family():
+    """Against a table made by hand: differences and p of each pair alone, Holm over both pairs."""
+    k, rng = 5, np.random.default_rng(0)
+    levels = {"scratch 1": 0.3, "pretrained 1": 0.5, "scratch all": 0.8, "pretrained all": 0.801}
+    runs = [run for arm, level in levels.items() for run in runs_of(arm, rng.normal(level, 0.01, (k, 1)).tolist(), patients=3)]
+    compare = {arm: f"scratch {arm.split()[1]}" for arm in levels}
+    board = rank(runs, "scratch 1", metric="dice", compare=compare)
+    pairs = {}
+    for budget in ("1", "all"):
+        alone = [run for run in runs if run.arm.endswith(budget)]
+        pairs[f"pretrained {budget}"] = row_of(rank(alone, f"scratch {budget}", metric="dice"), f"pretrained {budget}")
+    holm = statistics.holm(np.array([row.p for row in pairs.values()]))
+    for (arm, row), p_holm in zip(pairs.items(), holm, strict=True):
+        found = row_of(board, arm)
+        assert (found.difference, found.p, found.control) == (row.difference, row.p, row.control)
+        assert found.p_holm == pytest.approx(p_holm)
+    for arm in ("scratch 1", "scratch all"):
+        assert row_of(board, arm).p is None
+        assert row_of(board, arm).control == arm
+    assert "Better than its control: `pretrained 1`; cannot be told apart from it: `pretrained all`" in board.verdict
+    assert not set(row_of(board, "scratch 1").letters) & set(row_of(board, "pretrained 1").letters)
+    assert set(row_of(board, "scratch all").letters) & set(row_of(board, "pretrained all").letters)
+    assert "difference to its control" in render(board, "md")
+
+
+def test_controls_that_are_all_the_same_change_nothing():
+    runs = simulated(4, 4, 2, gain=0.01)
+    one, other = (rank(runs, "a0", metric="dice", compare=compare) for compare in (None, {f"a{i}": "a0" for i in range(4)}))
+    assert render(one, "json") == render(other, "json")

@@ -141,3 +141,15 @@ def test_a_hundred_thousand_scores_are_summarised_in_a_moment(tmp_path):
     assert time.perf_counter() - start < 2
     assert len(found) == 10
     assert all(len(patients) == 100 for patients in found.values())
+
+
+def test_a_ledger_of_a_hundred_thousand_scores_in_a_thousand_files_is_ranked_rightly_in_two_seconds(tmp_path):
+    from medssl.platform.benches import ledger as bench
+
+    owners = bench.fill(tmp_path)
+    start = time.process_time()
+    board = bench.ranked(tmp_path, owners)
+    assert time.process_time() - start < 2
+    expected = bench.by_pandas(tmp_path, owners)
+    assert len(board.rows) == bench.ARMS
+    assert {row.arm: row.mean for row in board.rows} == pytest.approx(expected)

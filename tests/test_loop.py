@@ -1,5 +1,6 @@
 """The loop's laws: stopping is not noticed, a broken loss is named, a collapse ends, and what it costs is counted."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -254,7 +255,7 @@ def test_looks_come_before_the_save_of_their_step_and_in_eval_mode() -> None:
     events: list[tuple[str, int, bool]] = []
     method = line()
     loop.train(
-        method, batches, dataclasses.replace(PLAIN, evaluations=3), steps=10, seed=0, save_seconds=0,
+        method, batches, PLAIN, steps=10, seed=0, save_seconds=0, looks=loop.evenly(10, 3),
         look=lambda step: events.append(("look", step, method.training)),
         save=lambda state: events.append(("save", state["step"], method.training)),
     )  # fmt: skip
@@ -263,6 +264,21 @@ def test_looks_come_before_the_save_of_their_step_and_in_eval_mode() -> None:
     for look in looks:
         assert events[events.index(look) + 1] == ("save", look[1], True)
     assert all(method.modes)
+
+
+def test_a_look_before_the_first_step_and_one_at_the_end_of_a_collapse_are_not_forgotten() -> None:
+    def looked(method: Any, steps: int, looks: set[int], resume: Any = None, save: Any = lambda state: None) -> list[int]:
+        seen: list[int] = []
+        loop.train(method, batches, PLAIN, steps=steps, seed=0, looks=looks, look=seen.append, resume=resume, save=save)
+        return seen
+
+    assert looked(line(), 4, {0, 2, 4}) == [0, 2, 4]
+    assert looked(line(), 4, set()) == []
+    assert looked(collapsing(260), 400, {0, 100, 400}) == [0, 100, 280]
+    states: list[Any] = []
+    looked(line(), 4, {0}, save=lambda state: states.append(copy.deepcopy(state)))
+    begun = states[-1] | {"step": 2, "outcome": states[-1]["outcome"] | {"step": 2, "status": "training"}}
+    assert looked(line(), 4, {0, 4}, resume=begun) == [4]
 
 
 def test_batches_that_end_early_are_an_error() -> None:
@@ -287,3 +303,44 @@ def test_draws_follow_seed_rank_and_step_alone() -> None:
     torch.rand(5)
     assert draws(0, 0) == first
     assert len({*first, *draws(1, 0), *draws(0, 1)}) == 12
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 8])
+def test_snapshots_survive_kills_and_hold_what_an_undisturbed_training_held(tmp_path: Path, stop: int) -> None:
+    """Killed at step `stop`, before its state is saved: whatever had been kept is kept again alike, and nothing is missing."""
+
+    def run(folder: Path, resume: Any = None, stop: int | None = None) -> dict[str, str]:
+        method, training = build("simsiam")
+        training = dataclasses.replace(training, snapshots=(3, 4, 7, 9))
+
+        def keep(step: int) -> None:
+            checkpoint.save(folder / f"encoder@{step}.pt", method.transferable_state())
+            if step == stop:
+                raise KeyboardInterrupt
+
+        def on_step(step: int, terms: dict[str, float], monitors: dict[str, float], lr: float) -> None:
+            if step == stop and step not in training.snapshots:
+                raise KeyboardInterrupt
+
+        loop.train(
+            method, batches, training, steps=9, seed=3, resume=resume, on_step=on_step, keep=keep, report_seconds=0,
+            save=lambda state: checkpoint.save(folder / "c.pt", state), save_seconds=0,
+        )  # fmt: skip
+        return {file.name: checkpoint.digest(checkpoint.load(file)) for file in sorted(folder.glob("encoder@*.pt"))}
+
+    whole = run(tmp_path / "whole")
+    assert list(whole) == ["encoder@3.pt", "encoder@4.pt", "encoder@7.pt", "encoder@9.pt"]
+    assert len(set(whole.values())) == 4
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stop=stop)
+    assert run(tmp_path / "parts", checkpoint.load(tmp_path / "parts" / "c.pt")) == whole
+
+
+def test_snapshots_change_nothing_of_the_training(tmp_path: Path) -> None:
+    ends = []
+    for snapshots in ((), (2, 5)):
+        method, training = build("simsiam")
+        training = dataclasses.replace(training, snapshots=snapshots)
+        loop.train(method, batches, training, steps=6, seed=3, keep=lambda step: None)
+        ends.append(checkpoint.digest(method.state_dict()))
+    assert ends[0] == ends[1]

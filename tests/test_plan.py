@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -194,3 +195,104 @@ def test_a_contract_follows_data_and_held_out_patients_only():
     assert first == plan.contract(store(), dataclasses.replace(SPLIT, train=("p0",), labelled=("p0",)))
     assert first != plan.contract(store(), dataclasses.replace(SPLIT, test=("p3",), val=("p4",)))
     assert first != plan.contract(dataclasses.replace(store(), content_hash="other"), SPLIT)
+
+
+def given(tmp_path, content=b"weights", name="a.pth") -> str:
+    (tmp_path / name).write_bytes(content)
+    return str(tmp_path / name)
+
+
+def run_folder(tmp_path, identity="simsiam-0123456789ab", snapshots=(3, 5)) -> str:
+    """What a finished pretraining leaves, as far as a plan looks at it."""
+    folder = tmp_path / identity
+    folder.mkdir()
+    training = {"steps": 9, "snapshots": list(snapshots)}
+    (folder / "run.json").write_text(json.dumps({"kind": "pretrain", "config": {"pretrain": {"training": training}}}))
+    return str(folder)
+
+
+def test_given_weights_count_by_content_not_by_path(tmp_path):
+    a, same = given(tmp_path), given(tmp_path, name="b.pth")
+    other = given(tmp_path, b"others", "c.pth")
+    for pretrain in ({}, {"pretrain": None}):
+        of_a, of_same, of_other = (ids(start__weights=name, **pretrain) for name in (a, same, other))
+        assert of_a == of_same
+        assert not set(of_a) & set(of_other)
+        assert not set(of_a) & set(ids(**pretrain))
+        assert not set(of_a) & set(ids(start__weights=a, start__partial=True, **pretrain))
+    before = ids(start__weights=a)
+    (tmp_path / "a.pth").write_bytes(b"changed since")
+    assert not set(before) & set(ids(start__weights=a))
+
+
+def test_a_fine_tuning_has_one_id_whether_its_pretraining_is_the_arms_own_or_given(tmp_path):
+    arm = plan.chain("arm", 0, 2, resolved(), store(), SPLIT)
+    folder = run_folder(tmp_path, arm.pretraining.id)
+    by_name = plan.chain("given", 0, 2, resolved(pretrain=None, start__weights=folder), store(), SPLIT)
+    assert by_name.pretraining is None
+    assert by_name.finetunings == arm.finetunings
+    (Path(folder) / "encoder.pt").write_bytes(b"its end")
+    assert ids(pretrain=None, start__weights=folder) == [stage.id for stage in arm.finetunings]
+
+
+def test_a_pretraining_upon_another_names_its_parent(tmp_path):
+    folder = run_folder(tmp_path)
+    upon = plan.chain("arm", 0, 1, resolved(start__weights=folder), store(), SPLIT)
+    assert upon.pretraining.parent == Path(folder).name
+    assert upon.finetunings[0].parent == upon.pretraining.id
+    assert plan.chain("arm", 0, 1, resolved(start__weights=given(tmp_path)), store(), SPLIT).pretraining.parent is None
+
+
+def test_fine_tunings_from_different_snapshots_share_their_pretraining():
+    snapshots = {"pretrain__training__steps": 100, "pretrain__training__snapshots": (0.05, 10, 0.5)}
+    assert resolved(**snapshots).pretrain.training.snapshots == (5, 10, 50)
+    chains = [
+        plan.chain("arm", 0, 1, resolved(**snapshots, start__step=step), store(), SPLIT)
+        for step in (0.05, 5, 10, 50, 100, None)
+    ]
+    assert len({chain.pretraining.id for chain in chains}) == 1
+    tuned = [chain.finetunings[0].id for chain in chains]
+    assert tuned[0] == tuned[1], "a step and the fraction that it is"
+    assert tuned[4] == tuned[5], "the last step is the end"
+    assert len(set(tuned)) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pretrain__training__snapshots": (10,), "start__step": 11}, r"no snapshot at step 11 \(kept: 10, and its end\)"),
+        ({"start__step": 0.5}, r"no snapshot at step 50 \(kept: none"),
+        ({"pretrain__training__snapshots": (101,)}, "step 101 lies beyond the 100 steps"),
+        ({"finetune__training__snapshots": (1,)}, "only a pretraining keeps snapshots"),
+        ({"pretrain": None, "start__step": 3}, "no medssl pretraining whose snapshot"),
+        ({"start__weights": "absent.pth"}, "absent.pth: neither a file of weights nor the folder of a pretraining"),
+    ],
+    ids=str,
+)
+def test_a_start_that_cannot_be_is_refused(change, message):
+    steps = {} if "pretrain" in change else {"pretrain__training__steps": 100}
+    with pytest.raises(UsageError, match=message):
+        ids(**steps, **change)
+
+
+def test_the_snapshots_of_a_given_pretraining_are_known(tmp_path):
+    folder = run_folder(tmp_path)
+    experiment = {step: resolved(pretrain=None, start__weights=folder, start__step=step) for step in (3, 5, 9)}
+    assert [each.start.step for each in experiment.values()] == [3, 5, None]
+    with pytest.raises(UsageError, match=r"no snapshot at step 4 \(kept: 3, 5, and its end\)"):
+        resolved(pretrain=None, start__weights=folder, start__step=4)
+
+
+def test_the_plan_says_that_repeats_share_given_weights(tmp_path):
+    arms = {"given": resolved(pretrain=None, start__weights=given(tmp_path)), "fresh": resolved(pretrain=None)}
+    text = plan.describe(arms, 2, 1, store(), SPLIT, set())
+    assert "the 2 repeats of an arm share the given weights as initial encoder: given" in text
+    assert "from a.pth; no pretraining; then segment" in text
+    assert "share" not in plan.describe({"fresh": arms["fresh"]}, 2, 1, store(), SPLIT, set())
+
+
+def test_labelled_slices_decide_fine_tunings_and_their_steps():
+    few, more = ids(data__labelled_slices=3), ids(data__labelled_slices=4)
+    assert few[0] == more[0] == ids()[0]
+    assert not set(few[1:]) & set(more[1:])
+    assert resolved(data__labelled_slices=16, finetune__training__epochs=8).finetune.training.steps == 8 * 16 / 32

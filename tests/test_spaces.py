@@ -1,15 +1,44 @@
 """What must hold of every search space, present and future."""
 
+import inspect
+from pathlib import Path
+
 import optuna
 import pytest
 
-from medssl.platform import config, find
+from medssl.platform import config, find, geometry, plan
+from medssl.platform.errors import UsageError
+from medssl.platform.splits import Split
+from medssl.platform.store import Store, VolumeRecord
 
 SPACES = find.names("space")
 
 
-def built(settings) -> config.Experiment:
-    return config.build(config.nested(settings))
+def built(settings, space) -> config.Experiment:
+    """As a sweep builds it: over the space's defaults, and over what it needs to be given."""
+    given = dict.fromkeys(getattr(space, "NEEDS", ()), "given.pt")
+    return config.build(
+        config.stack([config.nested(getattr(space, "DEFAULTS", {})), config.nested(given), config.nested(settings)])
+    )
+
+
+def resolved(settings, space) -> config.Experiment:
+    """On data of 20 patients, 12 of them labelled in training, and with 512 steps of pretraining."""
+    more = {**settings, **({} if settings.get("pretrain", "") is None else {"pretrain.training.steps": 512})}
+    return plan.resolve(built(more, space), toy_store(), toy_split())
+
+
+def toy_store() -> Store:
+    records = tuple(
+        VolumeRecord(f"v{n:02}", f"p{n}", None, True, 40, 64, 48, 1, (1.0, 1.0, 2.0), None, {}, f"d{n}") for n in range(20)
+    )
+    preset = geometry.PRESETS["mr"]
+    return Store(Path("nowhere"), "toy", ("background", "organ"), None, "", "", {}, preset, "content", "", (), records)
+
+
+def toy_split() -> Split:
+    patients = [f"p{number}" for number in range(20)]
+    return Split("seed-0", tuple(patients[:16]), tuple(patients[16:18]), tuple(patients[18:]), tuple(patients[:12]))
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -17,12 +46,16 @@ def test_a_space_asks_a_question_and_carries_its_control(name):
     space = find.load("space", name)
     assert space.QUESTION.endswith("?")
     assert space.CONTROL in space.arms()
+    compared = getattr(space, "COMPARE", {})
+    assert set(compared) | set(compared.values()) <= set(space.arms())
+    assert all(compared[control] == control for control in compared.values()), "a control has no other control"
     assert find.summary("space", name)
 
 
 @pytest.mark.parametrize("name", SPACES)
 def test_every_arm_is_a_configuration_of_its_own(name):
-    trees = [built(settings).tree() for settings in find.load("space", name).arms().values()]
+    space = find.load("space", name)
+    trees = [built(settings, space).tree() for settings in space.arms().values()]
     assert len({config.digest(tree) for tree in trees}) == len(trees)
 
 
@@ -30,12 +63,24 @@ def test_every_arm_is_a_configuration_of_its_own(name):
 def test_whatever_a_searcher_suggests_is_a_configuration(name):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    space = find.load("space", name)
     for _ in range(100):
-        built(find.load("space", name).suggest(study.ask()))
+        built(space.suggest(study.ask()), space)
+
+
+@pytest.mark.parametrize("name", [name for name in SPACES if name not in ("initialisation",)])  # which needs a file
+def test_an_arm_from_scratch_is_from_scratch_whatever_is_typed(name):
+    space = find.load("space", name)
+    for label, settings in space.arms().items():
+        if label.startswith("from scratch"):
+            experiment = built({"start.weights": "given.pt", **settings}, space)
+            assert experiment.pretrain is None
+            assert experiment.start.weights is None
 
 
 def test_the_iou_arms_are_those_of_the_study():
-    arms = {label: built(settings).pretrain for label, settings in find.load("space", "iou-interval").arms().items()}
+    space = find.load("space", "iou-interval")
+    arms = {label: built(settings, space).pretrain for label, settings in space.arms().items()}
     assert arms.pop("from scratch") is None
     intervals = {label: (part.settings.iou, part.settings.ends, part.settings.crop) for label, part in arms.items()}
     assert intervals == {
@@ -45,3 +90,88 @@ def test_the_iou_arms_are_those_of_the_study():
         "[0.3, 0.6]": ((0.3, 0.6), "[]", "fixed"),
         "[0.6, 1]": ((0.6, 1), "[]", "fixed"),
     }
+
+
+def finetunings(name) -> dict[str, plan.Chain]:
+    space, split = find.load("space", name), toy_split()
+    chains = {}
+    for label, settings in space.arms().items():
+        chains[label] = plan.chain(label, 0, 1, resolved(settings, space), toy_store(), split)
+    return chains
+
+
+def test_arms_of_one_pretraining_at_different_steps_share_it():
+    chains = finetunings("pretraining-epochs")
+    assert chains.pop("from scratch").pretraining is None
+    assert len({chain.pretraining.id for chain in chains.values()}) == 1
+    assert len({chain.finetunings[0].id for chain in chains.values()}) == len(chains) == 9
+    steps = [chain.experiment.start.step for chain in chains.values()]
+    assert steps == [2, 4, 8, 16, 32, 64, 128, 256, None]
+    assert chains["all"].experiment.pretrain.training.snapshots == tuple(steps[:-1])
+
+
+@pytest.mark.parametrize(("name", "budget"), [("label-fraction", "labelled"), ("slice-fraction", "labelled_slices")])
+def test_each_budget_has_its_own_control_and_all_budgets_share_one_pretraining(name, budget):
+    space, chains = find.load("space", name), finetunings(name)
+    for label, control in space.COMPARE.items():
+        ours, theirs = (getattr(chains[which].experiment.data, budget) for which in (label, control))
+        assert ours == theirs
+        assert chains[control].pretraining is None
+    pretrainings = {chain.pretraining.id for chain in chains.values() if chain.pretraining}
+    assert len(pretrainings) == 1
+    budgets = [getattr(chain.experiment.data, budget) for chain in chains.values() if chain.pretraining]
+    assert budgets == list(space.BUDGETS)
+    scratch = [chain.experiment.tree() for chain in chains.values() if not chain.pretraining]
+    for tree in scratch:
+        tree["data"].pop(budget)
+        tree["finetune"]["training"].pop("steps")
+    assert all(tree == scratch[0] for tree in scratch), "budgets differ in nothing but labels, and steps that follow from them"
+
+
+def test_slices_of_smaller_budgets_are_among_those_of_larger_ones():
+    space, split, before = find.load("space", "slice-fraction"), toy_split(), set()
+    for budget in space.BUDGETS[:-1]:
+        chosen = plan.labelled_slices(resolved({"data.labelled_slices": budget}, space), toy_store(), split)
+        assert len(set(chosen)) == budget
+        assert before < set(chosen)
+        before = set(chosen)
+    labelled = {volume.volume for volume in toy_store().volumes if volume.patient in split.labelled}
+    assert {volume for volume, _ in before} == labelled, "300 of 480 slices: some of every labelled training patient"
+    with pytest.raises(UsageError, match=r"data\.labelled_slices=481: the labelled training patients have 480"):
+        plan.labelled_slices(built({"data.labelled_slices": 481}, space), toy_store(), split)
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_the_temperature_is_that_of_the_method_that_was_chosen(method):
+    space = find.load("space", "temperature")
+    for label, settings in space.arms().items():
+        part = built({"pretrain.name": method, **settings}, space).pretrain
+        assert (part is None) if label == "from scratch" else (part.name, part.settings.temperature) == (method, float(label))
+
+
+def test_a_method_without_a_temperature_is_refused():
+    space = find.load("space", "temperature")
+    with pytest.raises(UsageError, match=r'unknown key "pretrain\.temperature"'):
+        built({"pretrain.name": "byol", **space.arms()["0.1"]}, space)
+
+
+@pytest.mark.parametrize(("name", "network"), [("methods", "unet"), ("methods-vit", "unetr")])
+def test_every_pretraining_method_that_can_train_the_network_is_an_arm(name, network):
+    encoders = {method: find.constant("method", method, "ENCODERS", ()) for method in find.names("method")}
+    able = {
+        method
+        for method, networks in encoders.items()
+        if "encoder" in inspect.signature(find.load("method", method).METHOD).parameters and network in (networks or [network])
+    }
+    space = find.load("space", name)
+    arms = {label: built(settings, space) for label, settings in space.arms().items()}
+    assert {arm.network.name for arm in arms.values()} == {network}
+    assert arms.pop("from scratch").pretrain is None
+    assert {arm.pretrain.name for arm in arms.values()} == able
+
+
+def test_the_default_weights_are_an_arm_of_their_space():
+    vicreg = find.load("space", "loss-weights")
+    assert built(vicreg.arms()["25 : 25 : 1"], vicreg).pretrain == built({"pretrain.name": "vicreg"}, vicreg).pretrain
+    segmentation = find.load("space", "segmentation-weights")
+    assert built(segmentation.arms()[segmentation.CONTROL], segmentation).finetune == built({}, segmentation).finetune

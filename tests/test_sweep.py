@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from medssl.platform import catalogue, sweep
+from medssl.platform import catalogue, history, sweep
 from medssl.platform.datasets import phantom
 from medssl.platform.errors import UsageError
 from medssl.platform.site import Site
@@ -155,6 +156,41 @@ def test_a_driver_killed_in_a_pretraining_loses_nothing_and_repeats_nothing(here
     for folder in interrupted:
         steps = [json.loads(line)["step"] for line in (folder / "log.txt").read_text().splitlines()]
         assert steps[-1] == SMALL["pretrain"]["training"]["steps"]
+        kept = [row["step"] for row in history.read(folder)]
+        assert kept == sorted(set(kept)), "the history holds a step once, in order, whatever was repeated"
+        assert kept[-1] == steps[-1]
+
+
+KILLS = 20
+
+
+def finished() -> dict[Path, int]:
+    """When each finished stage was."""
+    return {file: file.stat().st_mtime_ns for file in Site.here().runs.rglob("done.json")}
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(here, undisturbed, monkeypatch):
+    """From before Ray is up to the last leaderboard; a sweep that gets done between two kills makes way for a new one."""
+    scores, board = undisturbed
+    moment, killed, sweeps = random.Random(0), 0, 0
+    while killed < KILLS or outcome() != scores:
+        before, driver = finished(), medssl(*SWEEP)
+        try:
+            printed, _ = driver.communicate(timeout=moment.uniform(1, 15) if killed < KILLS else 300)
+            assert driver.returncode == 0, printed
+            assert outcome() == scores, "as if nothing had happened, to the last bit"
+            assert sweep.leaderboard(None, "csv", "dice") == board
+            if killed < KILLS:
+                sweeps += 1
+                monkeypatch.setenv("MEDSSL_RUNS", str(here / f"runs-{sweeps}"))
+        except subprocess.TimeoutExpired:
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+            killed += 1
+            now = finished()
+            assert all(now[file] == when for file, when in before.items()), "a finished stage ran again"
+    assert killed == KILLS
 
 
 def owner(folder: Path) -> int | None:
@@ -240,7 +276,7 @@ def test_a_cost_limit_without_a_price_is_refused(here):
 
 @pytest.mark.slow
 def test_a_search_adds_arms_to_the_control_and_records_them(here, ray_local):
-    table = run(search="tpe", trials=3, k=1, m=1)
+    table = run(search="tpe", trials=3, k=1, m=1, confirm=0)
     assert "from scratch" in table
     arms = sweep.Sweep.open(Site.here().find_sweep(None)).arms()
     assert len(arms) == 4
@@ -302,3 +338,97 @@ def test_a_space_of_ones_own_must_say_what_it_asks(here):
 def test_a_leaderboard_without_a_sweep_says_so(here):
     with pytest.raises(UsageError, match="no sweep yet"):
         sweep.leaderboard(None, "table", "dice")
+
+
+LABELS = """
+from medssl.search_spaces.label_fraction import COMPARE, CONTROL, QUESTION, arms
+"""
+
+
+@pytest.mark.slow
+def test_a_label_curve_compares_each_budget_with_its_own_control(here, ray_local):
+    (here / "labels.py").write_text(LABELS)
+    said: list[str] = []
+    table = sweep.run(request(space="labels.py", k=2, m=1), time_budget=None, address=None, say=said.append)
+    kept = sweep.Sweep.open(Site.here().find_sweep(None)).arms()
+    rows = {row["arm"]: row for row in json.loads(sweep.leaderboard(None, "json", "dice"))["rows"]}
+    assert (
+        set(rows) == set(kept) <= {f"{series}, {n}" for series in ("from scratch", "pretrained") for n in (1, 2, 4, 8, "all")}
+    )
+    assert any("is left out" in line for line in said), "there are fewer than 8 labelled patients"
+    for label, row in rows.items():
+        series, budget = label.split(", ")
+        assert row["control"] == f"from scratch, {budget}"
+        assert (row["p"] is None) == (series == "from scratch")
+        if series == "pretrained":
+            assert row["difference"] == pytest.approx(row["mean"] - rows[f"from scratch, {budget}"]["mean"])
+    assert len(stages("pretrain", False)) == 2, "one pretraining serves all budgets, twice"
+    assert "its control" in table
+
+
+@pytest.mark.slow
+def test_given_weights_reach_the_workers_of_a_sweep(here, ray_local):
+    """Typed as a path relative to here; workers start elsewhere. The four arms of search_spaces/initialisation.py."""
+    import torch
+
+    from medssl.methods.networks import unet
+
+    encoder = unet.UNet(1, 2, unet.Config(width=4, levels=3)).encoder
+    torch.save(encoder.state_dict(), here / "given.pth")
+    table = run(space="initialisation", k=1, m=1, overrides=("start.weights=given.pth",))
+    assert all(label in table for label in ("from scratch", "given weights", "self-supervised", "hierarchical"))
+    done = {folder.name: json.loads((folder / "done.json").read_text()) for folder in stages("finetune", False)}
+    begun = sorted(entry["chain"].split(" -> ")[:-1] for entry in done.values())
+    given, own = "given (encoder)", "simsiam:phantom@30"
+    assert begun == [[], [given], [given, own], [own]]
+
+
+RACE = """
+QUESTION = "Which overlap?"
+CONTROL = "from scratch"
+
+def arms():
+    intervals = {"any": None, "none": (0.0, 0.2), "middle": (0.3, 0.6)}
+    return {"from scratch": {"pretrain": None}} | {label: {"pretrain.iou": iou} for label, iou in intervals.items()}
+"""
+
+
+@pytest.mark.slow
+def test_a_race_killed_and_typed_again_ends_as_an_undisturbed_one_and_ranks_what_it_confirmed(here, ray_local):
+    (here / "overlap.py").write_text(RACE)
+    small = ("finetune.training.steps=4", "pretrain.training.steps=4", "finetune.training.evaluations=1")
+    asked = {"search": "race", "k": 6, "m": 1, "confirm": 2, "overrides": small}
+    said: list[str] = []
+    stopped = sweep.run(request(**asked), time_budget="2s", address=None, say=said.append)
+    before = set(outcome())
+    assert "no fine-tuning" in stopped or any("the search to go" in line for line in said)
+    answer = sweep.run(request(**asked), time_budget=None, address=None, against="gpu-hours", say=said.append)
+    assert "Confirmation: fresh pretrainings" in answer
+    assert "by posterior mean" in answer
+    assert "gpu-hours" in answer
+    found = sweep.Sweep.open(Site.here().find_sweep(None))
+    repeats = found.repeats()
+    asked_for = sum(len(indices) for phases in repeats.values() for indices in phases.values())
+    assert asked_for == len(outcome()) <= 4 * 6 / 2 + 2
+    assert before <= set(outcome())
+    confirmed = {label for label, phases in repeats.items() if "confirm" in phases}
+    assert len(confirmed) == 3
+    assert "from scratch" in confirmed
+    rows = {line.split(",")[0]: line.split(",")[1] for line in sweep.leaderboard(None, "csv", "dice").splitlines()[1:]}
+    assert rows == dict.fromkeys(confirmed, "2"), "the verdict uses the fresh pretrainings only"
+    searched = sweep.leaderboard(None, "csv", "dice", phase="search").splitlines()[1:]
+    assert len(searched) == 4
+    assert {row["arm"] for row in json.loads((found.folder / "pareto.json").read_text())} == set(repeats)
+    assert run(**asked)
+    assert len(outcome()) == asked_for, "typed again, it looks everything up"
+
+
+def test_a_race_of_too_few_repeats_is_refused(here):
+    with pytest.raises(UsageError, match="at least --pretrainings 4"):
+        sweep.dry_run(request(search="race"), say=print)
+
+
+def test_a_plan_of_a_race_says_what_it_may_spend(here):
+    plan = sweep.dry_run(request(search="race", k=12), say=print)
+    assert "race     at most 6 of the 36 pretrainings" in plan
+    assert "5 fresh pretrainings" in plan

@@ -4,13 +4,14 @@ Ronneberger, Fischer and Brox, "U-Net: Convolutional Networks for Biomedical Ima
 https://arxiv.org/abs/1505.04597. In two or three dimensions.
 
     level l = 0 … L-1     a map of width · 2^l channels at 1 / 2^l of the resolution
-    encoder               two convolutions per level, max-pooling between levels
+    encoder               two convolutions per level; between levels max-pooling, or the next convolution has stride 2 (`down`)
     decoder               2x2 up-convolution, concatenation with the encoder's map of that level, two convolutions
     head                  1x1 convolution to k logits
 
 Differences from the paper: convolutions are padded, so logits have the sides of the input; each is followed by a
 normalisation and a leaky rectifier, as in nnU-Net (Isensee et al. 2021, https://doi.org/10.1038/s41592-020-01008-z).
 Sides need not be multiples of 2^(L-1): pooling rounds up, and the decoder crops what it has up-sampled to the skip.
+With `down` "stride" the network is nnU-Net's plain U-Net, and MONAI's DynUNet (`platform/export.py`).
 
 The encoder is what pretraining trains and hands on.
 """
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.methods.gather import JointBatchNorm
@@ -35,6 +37,7 @@ class Config:
     levels: int | None = None  # resolutions; None: 5, and in a run, as many of them as leave small crops 4 pixels
     spatial_dims: Literal[2, 3] = 2
     norm: Literal["instance", "batch", "group"] = "instance"  # see `normalisation`
+    down: Literal["pool", "stride"] = "pool"  # what halves the resolution: max-pooling, or the next convolution
 
     def __post_init__(self) -> None:
         if min(self.width, self.levels or 1) < 1 or self.levels == 0:
@@ -59,13 +62,13 @@ def normalisation(kind: str, channels: int, spatial_dims: int) -> nn.Module:
     return JointBatchNorm(channels)
 
 
-def block(inputs: int, outputs: int, config: Config) -> nn.Sequential:
-    """Twice 3x3 convolution, normalisation, leaky rectifier; the resolution stays."""
+def block(inputs: int, outputs: int, config: Config, stride: int = 1) -> nn.Sequential:
+    """Twice 3x3 convolution, normalisation, leaky rectifier; sides are divided by the stride and rounded up."""
     convolution = nn.Conv2d if config.spatial_dims == 2 else nn.Conv3d
     layers: list[nn.Module] = []
-    for channels in (inputs, outputs):
+    for channels, step in ((inputs, stride), (outputs, 1)):
         layers += [
-            convolution(channels, outputs, kernel_size=3, padding=1, bias=False),  # the normalisation brings the bias
+            convolution(channels, outputs, kernel_size=3, stride=step, padding=1, bias=False),  # the normalisation has a bias
             normalisation(config.norm, outputs, config.spatial_dims),
             nn.LeakyReLU(0.01, inplace=True),
         ]
@@ -81,16 +84,19 @@ class Encoder(nn.Module):
     def __init__(self, in_channels: int, config: Config):
         super().__init__()
         self.channels = tuple(config.width * 2**level for level in range(config.levels or LEVELS))
-        inputs = (in_channels, *self.channels[:-1])
-        self.blocks = nn.ModuleList(block(*ends, config) for ends in zip(inputs, self.channels, strict=True))
+        self.pooled = config.down == "pool"
+        strides = [1, *[1 if self.pooled else 2] * (len(self.channels) - 1)]
+        levels = zip((in_channels, *self.channels[:-1]), self.channels, strides, strict=True)
+        self.blocks = nn.ModuleList(block(above, own, config, stride) for above, own, stride in levels)
         self.centred = config.norm == "instance"
         self.pool = (nn.MaxPool2d if config.spatial_dims == 2 else nn.MaxPool3d)(2, ceil_mode=True)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps: list[Tensor] = []
+        sides = x.shape[2:]
         for level, stage in enumerate(self.blocks):
-            x = self.pool(x) if level else x
-            if self.centred and math.prod(x.shape[2:]) == 1:
+            x = self.pool(x) if level and self.pooled else x
+            if self.centred and math.prod(-(-side // 2**level) for side in sides) == 1:
                 raise ValueError(f"level {level + 1} of the U-Net sees one pixel, which instance norm erases; use fewer levels")
             x = stage(x)
             maps.append(x)
@@ -110,9 +116,20 @@ class Decoder(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         *skips, x = maps
         for up, stage, skip in zip(self.ups, self.blocks, reversed(skips), strict=True):
-            crop = (..., *(slice(side) for side in skip.shape[2:]))  # an odd side was rounded up on the way down
-            x = stage(torch.cat([skip, up(x)[crop]], dim=1))
+            x = cut(up(x), skip.shape[2:])  # an odd side was rounded up on the way down
+            x = stage(torch.cat([skip, x], dim=1))
         return x
+
+
+def filled(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """Images (n, c, h, w) padded with 0 below and to the right, to at least `sides` pixels."""
+    missing = [max(wanted - side, 0) for wanted, side in zip(sides, x.shape[2:], strict=True)]
+    return F.pad(x, [pad for length in reversed(missing) for pad in (0, length)]) if any(missing) else x
+
+
+def cut(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """The first `sides` pixels of maps (n, c, h, w): `filled` undone."""
+    return x[(slice(None), slice(None), *(slice(side) for side in sides))]
 
 
 class UNet(nn.Module):

@@ -37,7 +37,7 @@ def _steps(name: str, device: torch.device) -> Row:
     def ours() -> None:
         loop.train(method, lambda start: repeat(data), training, steps=steps, seed=0, device=device)
 
-    fast, slow = _alternate(ours, lambda: bare(steps))
+    fast, slow = alternate(ours, lambda: bare(steps))
     what = f"{name}, U-Net, {batch} slices of 96 px in memory, {device.type}"
     return Row(what, "steps/s", steps / fast, "bare forward, backward and update", steps / slow, target=0.95)
 
@@ -84,7 +84,7 @@ def _calibrated(method: Any, training: Training, views: Views) -> tuple[int, Cal
 def _slices(device: torch.device) -> list[Row]:
     """Batches of the stream, its start included, against indexing the same array with the same rows."""
     n, batch, batches = 20_000, 128, 300
-    set_ = _set(n, device)
+    set_ = in_memory(n, device)
     pairs = TensorDataset(set_.image, set_.position)
     rows = list(islice(stream.indices(n, batch, seed=0), batches))
 
@@ -99,8 +99,8 @@ def _slices(device: torch.device) -> list[Row]:
     def first() -> None:
         next(stream.node_batches(set_, batch, seed=0))["image"][0, 0, 0, 0].item()
 
-    fast, slow = _alternate(ours, plain)
-    start, loader = _alternate(first, lambda: next(iter(DataLoader(pairs, batch, shuffle=True))))
+    fast, slow = alternate(ours, plain)
+    start, loader = alternate(first, lambda: next(iter(DataLoader(pairs, batch, shuffle=True))))
     count = batch * batches
     what = f"batch of {batch} slices of 64 px, from {n:,} in memory, {device.type}"
     return [
@@ -109,14 +109,15 @@ def _slices(device: torch.device) -> list[Row]:
     ]
 
 
-def _set(n: int, device: torch.device) -> stream.Slices:
+def in_memory(n: int, device: torch.device, sides: tuple[int, int] = (64, 64)) -> stream.Slices:
+    """n slices of noise, as a training holds them."""
     numbers = torch.arange(n)
     names = tuple(str(i) for i in range(n))
     return stream.Slices(
-        image=torch.randint(0, 256, (n, 1, 64, 64), dtype=torch.uint8),
+        image=torch.randint(0, 256, (n, 1, *sides), dtype=torch.uint8),
         label=None,
         labelled=torch.zeros(n, dtype=torch.bool),
-        size=torch.full((n, 2), 64),
+        size=torch.tensor(sides).repeat(n, 1),
         position=torch.rand(n),
         patient=numbers,
         volume=numbers,
@@ -127,7 +128,7 @@ def _set(n: int, device: torch.device) -> stream.Slices:
     ).to(device)
 
 
-def _alternate(ours: Callable[[], None], rival: Callable[[], None]) -> tuple[float, float]:
+def alternate(ours: Callable[[], None], rival: Callable[[], None]) -> tuple[float, float]:
     """Median seconds of each, taking turns; the first turn of each does not count."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS + 1):

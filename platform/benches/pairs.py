@@ -52,7 +52,7 @@ def _compare(interval: tuple[float, float]) -> list[Row]:
         for corner in pair.corners:
             augment.view(image, corner, None, SIDE, chain, rng)
 
-    sampler, transform = RejectionSampler(SIDE, interval, np.random.default_rng(0)), _rival(interval)
+    sampler, transform = RejectionSampler(SIDE, interval, np.random.default_rng(0)), rival(interval)
     slices = [MetaTensor(store[i].float() / 255) for i in range(8)]
     ours, rivals = [], []
     for _ in range(ROUNDS):
@@ -104,7 +104,7 @@ class RejectionSampler:
         return p, q
 
 
-def _rival(interval: tuple[float, float]) -> Callable[[Any], object]:
+def rival(interval: tuple[float, float]) -> Callable[[Any], object]:
     """Slice to two views with MONAI, as the study's pipeline: dictionary transforms on MetaTensors, sample by sample."""
     from monai import transforms as mt
 

@@ -45,9 +45,9 @@ DEFAULTS = {
     "pretrain.bottleneck": 64,  # and below, what other methods than SimSiam have
     "pretrain.hidden": 256,
     "pretrain.queue": 512,
+    "pretrain.prototypes": 1024,
     "pretrain.training.steps": 120,
     "pretrain.training.batch": 32,
-    "pretrain.training.lr": 0.05,
     "finetune.side": 48,
     "finetune.crops": 1,
     "finetune.dice_over": "batch",

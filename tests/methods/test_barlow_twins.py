@@ -8,6 +8,7 @@ from medssl.methods import pairs
 from medssl.methods.barlow_twins import BarlowTwins, Config, Training, objective
 from medssl.methods.networks.unet import Config as UNetConfig
 from medssl.methods.networks.unet import UNet
+from medssl.methods.optimizers import build, set_lr
 from medssl.methods.protocol import Step, Views
 
 STEP = Step(0, 10)
@@ -97,7 +98,18 @@ def test_defaults_are_those_of_the_paper():
     assert Training().weight_decay == 1.5e-6
 
 
-@pytest.mark.parametrize("wrong", [{"redundancy": -1.0}, {"d": 0}, {"hidden": 0}])
+def test_biases_and_norms_can_have_the_papers_smaller_rate():
+    """0.2 · batch / 256 for weights and 0.0048 · batch / 256 for the others, at every step of the schedule."""
+    training = Training(optimizer="lars", batch=256, lr=0.2)
+    method = BarlowTwins(UNet(1, 2, UNetConfig(width=4, levels=3)).encoder, Config(side=16, d=8, hidden=12, bias_lr=0.024))
+    optimizer = build(method, training)
+    for share in (1.0, 0.5):
+        set_lr(optimizer, share * training.lr)
+        rates = {p.dim() > 1: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert rates == {True: pytest.approx(share * 0.2), False: pytest.approx(share * 0.0048)}
+
+
+@pytest.mark.parametrize("wrong", [{"redundancy": -1.0}, {"d": 0}, {"hidden": 0}, {"bias_lr": 0.0}])
 def test_wrong_settings_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Config(**wrong)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from medssl.methods import byol as module
 from medssl.methods.byol import BYOL, Config, distance
 from medssl.methods.gather import JointBatchNorm
 from medssl.methods.networks.unet import Config as UNetConfig
@@ -122,8 +123,20 @@ def test_the_teacher_shares_nothing_with_its_student_and_follows_the_methods_mod
     storages = {p.data_ptr() for p in byol.encoder.parameters()}
     assert not storages & {p.data_ptr() for p in byol.teacher_encoder.parameters()}
     assert all(torch.equal(a, b) for a, b in zip(byol.encoder.parameters(), byol.teacher_encoder.parameters(), strict=True))
-    assert not byol.eval().teacher_encoder.network.training
-    assert byol.train().teacher_encoder.network.training
+    norms = [part for part in byol.teacher_encoder.modules() if isinstance(part, JointBatchNorm)]
+    assert norms
+    assert not any(part.training for part in byol.eval().teacher_encoder.network.modules())
+    byol.train()
+    assert all(norm.training for norm in norms)
+
+
+def test_targets_come_without_dropout_from_the_first_step_on():
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Dropout(0.5), JointBatchNorm(3))
+    teacher, x = Teacher(student), torch.randn(6, 3)
+    for each in (teacher, teacher.eval().train()):
+        expected = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+        torch.testing.assert_close(each(x), expected)
 
 
 def test_after_a_step_the_whole_teacher_has_moved_by_the_scheduled_share():
@@ -144,6 +157,11 @@ def test_heads_have_the_size_of_the_paper():
     byol = BYOL(Flat(2048), Config())
     sizes = [sum(p.numel() for p in head.parameters()) for head in (byol.projector, byol.predictor)]
     assert sizes == [2048 * 4096 + 2 * 4096 + 4096 * 256, 256 * 4096 + 2 * 4096 + 4096 * 256]
+
+
+def test_training_is_that_of_the_paper_at_its_rate_per_slice():
+    training = module.Training()
+    assert (training.optimizer, training.lr, training.weight_decay) == ("lars", 0.2 * training.batch / 256, 1.5e-6)
 
 
 def test_what_transfers_is_the_student():

@@ -43,6 +43,30 @@ def test_loss_and_gradient_equal_monais_dice_ce(sides):
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
 
 
+def test_weighted_terms_are_monais_and_equal_weights_change_no_bit():
+    from monai.losses import DiceCELoss
+
+    views = Views([torch.rand(2, 1, 8, 8, generator=rng())], labels=torch.randint(0, 3, (2, 8, 8), generator=rng(1)))
+    logits, labels = segment().network(views.images[0]), views.labels
+    weighted = segment(dice=0.3, cross_entropy=2.0).loss(views, STEP).total
+    theirs = DiceCELoss(softmax=True, to_onehot_y=True, lambda_dice=0.3, lambda_ce=2.0)(logits, labels[:, None])
+    torch.testing.assert_close(weighted, theirs)
+
+    subject = segment()
+    subject.loss(views, STEP).total.backward()
+    plain = [p.grad.clone() for p in subject.parameters()]
+    subject.zero_grad()
+    logits = subject.network(views.images[0])
+    torch.stack([dice_loss(logits, labels), cross_entropy(logits, labels)]).sum().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, subject.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("weights", [{"dice": -1.0}, {"dice": 0.0, "cross_entropy": 0.0}])
+def test_weights_that_weigh_nothing_are_refused(weights):
+    with pytest.raises(ValueError, match="at least 0, not both 0"):
+        Config(**weights)
+
+
 @pytest.mark.parametrize("sides", [(9, 7), (5, 4, 6)])
 def test_dice_over_the_batch_equals_monais(sides):
     from monai.losses import DiceLoss

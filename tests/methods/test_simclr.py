@@ -103,11 +103,13 @@ def test_gradient_reaches_every_parameter():
 
 
 def test_defaults_are_those_of_the_paper():
-    """On ImageNet: τ = 0.1, 128 outputs, a hidden layer as wide as the features; 10 of 100 epochs of warm-up."""
+    """On ImageNet: τ = 0.1, 128 outputs, a hidden layer as wide as the features; LARS, 10 of 100 epochs of warm-up."""
     assert (Config().temperature, Config().d) == (0.1, 128)
     method = SimCLR(Flat(20), Config())
     assert [tuple(m.weight.shape) for m in method.projector if isinstance(m, nn.Linear)] == [(20, 20), (128, 20)]
-    assert (Training().weight_decay, Training().warmup, Training().epochs) == (1e-6, 0.1, 100)
+    training = Training()
+    assert (training.weight_decay, training.warmup, training.epochs) == (1e-6, 0.1, 100)
+    assert (training.optimizer, training.lr) == ("lars", pytest.approx(0.3 * training.batch / 256))
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"d": 0}, {"hidden": 0}])

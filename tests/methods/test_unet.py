@@ -19,13 +19,21 @@ def test_logits_have_the_sides_of_the_input(sides):
     assert net(spatial_dims=len(sides), norm="group")(torch.randn(2, 2, *sides)).shape == (2, 3, *sides)
 
 
-def test_a_slice_too_small_for_instance_norm_is_refused_with_a_remedy():
+@pytest.mark.parametrize("down", ["pool", "stride"])
+def test_a_slice_too_small_for_instance_norm_is_refused_with_a_remedy(down):
     with pytest.raises(ValueError, match=r"level 3 of the U-Net sees one pixel.*fewer levels"):
-        net(norm="instance", levels=3)(torch.randn(2, 2, 4, 4))
+        net(norm="instance", levels=3, down=down)(torch.randn(2, 2, 4, 4))
 
 
-def test_encoder_maps_halve_and_round_up_from_the_finest_to_the_coarsest():
-    encoder = net().encoder
+def test_strided_and_pooled_networks_have_the_same_state_and_draw_the_same_weights():
+    pooled, strided = net().state_dict(), net(down="stride").state_dict()
+    assert pooled.keys() == strided.keys()
+    assert all(torch.equal(pooled[key], strided[key]) for key in pooled)
+
+
+@pytest.mark.parametrize("down", ["pool", "stride"])
+def test_encoder_maps_halve_and_round_up_from_the_finest_to_the_coarsest(down):
+    encoder = net(down=down).encoder
     maps = encoder(torch.randn(1, 2, 33, 18))
     assert encoder.channels == (8, 16, 32)
     assert [tuple(m.shape[1:]) for m in maps] == [(8, 33, 18), (16, 17, 9), (32, 9, 5)]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from medssl.methods.networks.unet import Config as UNetConfig
 from medssl.methods.networks.unet import UNet
 from medssl.methods.protocol import Step, Views
-from medssl.methods.vicreg import Config, VICReg, covariance, variance
+from medssl.methods.vicreg import Config, Training, VICReg, covariance, variance
 
 STEP = Step(0, 10)
 
@@ -106,6 +106,8 @@ def test_defaults_are_those_of_the_paper():
     config = Config()
     assert (config.invariance, config.variance, config.covariance) == (25, 25, 1)
     assert (config.gamma, config.epsilon, config.d, config.hidden) == (1, 1e-4, 8192, 8192)
+    training = Training()
+    assert (training.optimizer, training.lr, training.weight_decay) == ("lars", 0.2 * training.batch / 256, 1e-6)
 
 
 @pytest.mark.parametrize("wrong", [{"covariance": -1.0}, {"gamma": 0.0}, {"epsilon": 0.0}, {"d": 0}, {"hidden": 0}])
