@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_wandb_offline_leaves_a_run_under_the_stage_with_all_that_was_told(folde
     trackers.check(["wandb"], folder.parents[1])
     assert tell(folder, ("wandb",), range(1, 4)).lost == {}
     (file,) = folder.glob("wandb/offline-run-*/run-simsiam-abc.wandb")
-    rows, run, summary = records(file)
+    rows, run, summary = until_written(file)
     assert (run.run_id, run.run_group, run.job_type, run.display_name) == (
         "simsiam-abc", "overlap-toy-1/middle", "pretrain", "middle #2 pretrain",
     )  # fmt: skip
@@ -77,15 +78,26 @@ def test_wandb_offline_leaves_a_run_under_the_stage_with_all_that_was_told(folde
     assert summary["test"] == 0.75
 
 
+def until_written(file: Path):
+    """Its records, once the process that W&B writes in has ended the run."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        *found, ended = records(file)
+        if ended:
+            return found
+        time.sleep(0.05)
+    pytest.fail("the run was not ended within 30 s")
+
+
 def records(file: Path):
-    """What an offline run's file holds: rows of history, the run, and its summary.
+    """What an offline run's file holds: rows of history, the run, its summary, and whether the run has ended.
 
     It is LevelDB's log format after 7 bytes: blocks of 32 KiB of pieces, each checksum (4), length (2), kind (1), bytes.
     """
     from wandb.proto import wandb_internal_pb2
 
     data, at, whole = file.read_bytes(), 7, b""
-    rows, run, summary = [], None, {}
+    rows, run, summary, ended = [], None, {}, False
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # no room for a piece: the next block
             at += 32768 - at % 32768
@@ -103,7 +115,8 @@ def records(file: Path):
             run = run or record.run
         elif what == "summary":
             summary |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update}
-    return rows, run, summary
+        ended |= what == "exit"
+    return rows, run, summary, ended
 
 
 class Broken:
