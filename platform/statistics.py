@@ -389,3 +389,15 @@ def needed(sd: float, wanted: float, *, power: float = 0.8, alpha: float = 0.05,
     enough = normal_sample_size(sd, wanted, power=power, alpha=each) + stats.norm.isf(each / 2) ** 2 / 4
     reach = next(k for k in itertools.count(2) if 2 / math.comb(2 * k, k) <= each)
     return max(math.ceil(enough), reach)
+
+
+def detectable(sd: float, k: int, *, power: float = 0.8, alpha: float = 0.05, comparisons: int = 1) -> float:
+    """The smallest difference that `k` pretrainings per arm show with the chance `power`: what `needed` turns round.
+
+    Infinite where k pretrainings cannot reach alpha at all, whatever the difference.
+    """
+    each = alpha / comparisons
+    units = k - stats.norm.isf(each / 2) ** 2 / 4
+    if units <= 0 or 2 / math.comb(2 * k, k) > each:
+        return math.inf
+    return float(sd * math.sqrt(normal_sample_size(1.0, 1.0, power=power, alpha=each) / units))
