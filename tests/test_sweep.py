@@ -341,7 +341,9 @@ def test_a_leaderboard_without_a_sweep_says_so(here):
 
 
 LABELS = """
-from medssl.search_spaces.label_fraction import COMPARE, CONTROL, QUESTION, arms
+from medssl.search_spaces.label_fraction import CONTROL, QUESTION, SERIES, compared, curve
+MINE = {"from scratch": SERIES["from scratch"], "pretrained": {}}
+arms, COMPARE = lambda: curve(MINE), compared(MINE)
 """
 
 
@@ -364,6 +366,40 @@ def test_a_label_curve_compares_each_budget_with_its_own_control(here, ray_local
             assert row["difference"] == pytest.approx(row["mean"] - rows[f"from scratch, {budget}"]["mean"])
     assert len(stages("pretrain", False)) == 2, "one pretraining serves all budgets, twice"
     assert "its control" in table
+
+
+SHRUNK = {
+    "network": {"width": 4, "levels": 3},
+    "pretrain": {"side": 16, "d": 16, "training": {"steps": 3, "batch": 8}},
+    "finetune": {"side": 32, "training": {"steps": 3, "batch": 4, "evaluations": 1}},
+    "evaluate": {"inference": "whole"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "heads", "methods"),
+    [
+        ("temperature", {"hidden": 16}, {"simclr"}),
+        ("loss-weights", {"hidden": 16}, {"vicreg"}),
+        ("label-fraction", {}, {"simsiam", "byol"}),  # which share no other size of their heads
+        ("iou-interval", {"bottleneck": 8}, {"simsiam"}),
+    ],
+)
+def test_the_spaces_of_the_questions_run_to_a_leaderboard(here, ray_local, name, heads, methods):
+    import yaml
+
+    (here / "small.yaml").write_text(yaml.safe_dump(SHRUNK | {"pretrain": SHRUNK["pretrain"] | heads}))
+    run(space=name, k=1, m=1)
+    board = json.loads(sweep.leaderboard(None, "json", "dice"))
+    asked = sweep.Sweep.open(Site.here().find_sweep(None)).arms()
+    assert [row["arm"] for row in board["rows"] if not 0 <= row["mean"] <= 1] == []
+    assert {row["arm"] for row in board["rows"]} == set(asked)
+    assert len(outcome()) == len(asked) >= 6
+    trained = {
+        json.loads((folder / "run.json").read_text())["config"]["pretrain"]["name"] for folder in stages("pretrain", False)
+    }
+    assert trained == methods
 
 
 @pytest.mark.slow
