@@ -312,7 +312,8 @@ def dry_run(
     chains += [plan.chain("searched", FRESH + n, sweep.m, usual, store, split) for n in range(more)]
     again = [(label, FRESH + n) for label in controls for n in range(sweep.confirm)]
     chains += [plan.chain(label, n, sweep.m, arms[label], store, split) for label, n in again]
-    text += _outlook(sweep, chains, len(arms) - 1, say, address=address, price=price, wanted=wanted, calibrate=calibrate)
+    rivals = sum(sweep.compare.get(label, sweep.control) != label for label in arms)
+    text += _outlook(sweep, chains, rivals, say, address=address, price=price, wanted=wanted, calibrate=calibrate)
     return f"{space.QUESTION}\n{text}\nsmallest p that {sweep.k} pretrainings per arm can give: {smallest_p(sweep.k):.3g}"
 
 
