@@ -376,7 +376,7 @@ def run(
     if max_cost is not None and price is None:
         raise UsageError("--max-cost needs --price, what one machine costs per hour in the same currency")
     space, controls, grid = _check(request)
-    trackers.check(config.build(layers(request.data, request.files, request.overrides)).resources.trackers, Site.here().runs)
+    trackers.check(config.build(_base(request, space)).resources.trackers, Site.here().runs)
     seconds = _seconds(time_budget)
     with ThreadPoolExecutor(1) as beside:
         preparing = beside.submit(catalogue.open_store, request.data, say)
