@@ -269,7 +269,7 @@ def patient_permutation_test(differences: ArrayLike, *, limit: int = RELABELINGS
 def _signs(n: int, limit: int, seed: int) -> Array:
     """All signs of n numbers, (2^n, n), or `limit` drawn ones."""
     if 2**n <= limit:
-        return 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+        return np.asarray(1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1), np.float64)
     return np.random.default_rng(seed).choice([-1.0, 1.0], size=(limit, n))
 
 
