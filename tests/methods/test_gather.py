@@ -70,9 +70,9 @@ def gathered_whole() -> Whole:
     return Whole(layer, lambda part: gather.rows(layer(x[part]))[0].T.cov().square().sum())
 
 
-def segment(dice_over: Literal["slice", "batch"] = "slice") -> Whole:
+def segment(dice_over: Literal["slice", "batch"] = "slice", overlap: Literal["dice", "jaccard"] = "dice") -> Whole:
     """The second worker's slices have no label at all, the first's have unequal shares."""
-    method = Segment(UNet(1, 3, Config(width=4, levels=2)), SegmentConfig(dice_over=dice_over))
+    method = Segment(UNet(1, 3, Config(width=4, levels=2)), SegmentConfig(dice_over=dice_over, overlap=overlap))
     images, labels = torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8, 8, 8))
     labels[1, :5] = labels[3] = labels[5:] = UNLABELLED
     return Whole(method, lambda part: method.loss(Views([images[part]], labels=labels[part]), Step(0, 1)).total)
@@ -105,6 +105,7 @@ CASES: dict[str, Callable[[], Whole]] = {
     "mae, U-Net": lambda: masked(UNet(1, 2, Config(width=4, levels=2, norm="batch")).encoder),
     "mae, ViT": lambda: masked(unetr.Encoder(1, unetr.Config(patch=8, d=8, depth=4, heads=2, grid=2))),
     "segment, Dice over the batch": lambda: segment("batch"),
+    "segment, Jaccard": lambda: segment("batch", "jaccard"),
 }
 
 
