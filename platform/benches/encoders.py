@@ -4,8 +4,9 @@ The first encoder is the study's Swin UNETR (C = 48, pairs of 96 px), where comp
 the slices in memory on, against forward, backward and update on views that are already there. The second is a small U-Net's,
 where feeding it costs too, that of `make sweep`: the phantom's slices and its settings, against a DataLoader that reads these
 slices from PNG files, as the study keeps its own, and takes each through its MONAI chain, with the same method and optimizer
-after it. There a CPU has one thread on both sides, and the loader works in the process that trains, which is the study's
-default; beside a GPU it has a process per core. In the first comparison slices have a usual size of the study's preparation.
+after it. On a CPU both sides compute with torch's own number of threads, and the loader works in the process that trains,
+which is the study's default; beside a GPU it has a process per core. In the first comparison slices have a usual size of the
+study's preparation.
 On a GPU both sides train in bfloat16 and its memory is told.
 """
 
@@ -39,14 +40,7 @@ PATIENTS = 6
 def run() -> list[Row]:
     """Both comparisons, on the device that training would use."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threads = torch.get_num_threads()
-    try:
-        rows = [_against_compute(device)]
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-        return [*rows, _against_source(device)]
-    finally:
-        torch.set_num_threads(threads)
+    return [_against_compute(device), _against_source(device)]
 
 
 def _against_compute(device: torch.device) -> Row:
