@@ -55,7 +55,9 @@ ROUNDING = 1e-5  # positions are float32: 7/10 of 10 partitions begins the eight
 class Config:
     strategy: Literal["random", "partition-negatives", "partition-positives"] = "partition-positives"
     partitions: int = 4  # S
-    side: int | None = None  # pixels of a view, which shows the whole slice; None: as for pairs of crops, at most 96; paper: 192
+    side: int | None = (
+        None  # pixels of a view, which shows the whole slice; None: as for pairs of crops, at most 96; paper: 192
+    )
     window: float = 100 / 192  # side of a window, as a fraction of the slice's
     starts: tuple[float, float] = (10 / 192, 70 / 192)  # where windows begin, on each axis, as fractions of the slice
     brightness: float = 0.3  # x + o, o uniform in ±

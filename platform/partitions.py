@@ -1,8 +1,8 @@
 """Batches of volumes x partitions: from each of m volumes one slice of each of S partitions, no label needed.
 
-Where in its volume a slice lies says which partition it belongs to (`methods/global_contrast.py`). The order is arithmetic, as in
-`stream.py`: seed and step decide a batch, so that a stopped training continues where it was, and the joint batch does not
-depend on the number of workers.
+Where in its volume a slice lies says which partition it belongs to (`methods/global_contrast.py`). The order is arithmetic,
+as in `stream.py`: seed and step decide a batch, so that a stopped training continues where it was, and the joint batch does
+not depend on the number of workers.
 
     epoch e      a permutation of the V volumes, in ⌈V / m⌉ batches; the last is filled from the permutation's beginning
     cell (v, s)  the slices of volume v in partition s, in an order that the seed decides; epoch e takes its (e mod length)-th
@@ -78,7 +78,7 @@ def indices(
 
     volume, position      (N,) of each slice of the set
     volumes, partitions   m and S; a joint batch has m S slices, of which a worker takes whole volumes
-    Raises UsageError when there are fewer volumes than m, or fewer slices than m in a partition, or m is no multiple of `world`.
+    Raises UsageError when there are fewer volumes than m, fewer slices than m in a partition, or m is no multiple of `world`.
     """
     own = share(volumes, rank, world)
     cells = Cells.of(volume, position, partitions, seed)

@@ -182,7 +182,9 @@ def bare(features: int = 5, **settings) -> GlobalContrast:
 @pytest.mark.parametrize("strategy", ["partition-negatives", "partition-positives"])
 def test_a_batch_of_one_partition_costs_nothing_and_moves_nothing(strategy):
     images = [torch.randn(3, 5, 1, 1, requires_grad=True) for _ in range(3 if strategy == "partition-negatives" else 2)]
-    loss = bare(strategy=strategy).loss(Views(images, groups={"partition": torch.ones(3).long(), "volume": torch.arange(3)}), STEP)
+    loss = bare(strategy=strategy).loss(
+        Views(images, groups={"partition": torch.ones(3).long(), "volume": torch.arange(3)}), STEP
+    )
     loss.total.backward()
     assert float(loss.total.detach()) == 0
     assert float(loss.monitors["negatives"]) == 0
