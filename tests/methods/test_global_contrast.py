@@ -266,6 +266,17 @@ def test_a_slice_that_is_not_square_keeps_its_proportions():
     assert (drawn.corners[1] + drawn.extents[1] <= batch["size"]).all()
 
 
+def test_windows_stay_inside_the_slice_wherever_they_are_to_begin():
+    """Of a slice that is narrower than a window is wide, and where the latest start leaves too little room."""
+    size, frame = torch.tensor([[24, 10], [24, 24]]).repeat(50, 1), torch.full((100, 2), 24)
+    config = Config(window=0.6, starts=(0.0, 0.9))
+    corner, extent = global_contrast.windows(size, frame, config, torch.Generator().manual_seed(0))
+    assert (corner >= 0).all()
+    assert (corner + extent <= size).all()
+    assert extent[:2].tolist() == [[14, 10], [14, 14]]
+    assert corner[1::2].unique().tolist() == list(range(11))
+
+
 def test_brightness_and_contrast_are_of_each_image_and_within_their_bounds():
     images = 0.4 + 0.1 * torch.rand(200, 2, 5, 5)
     drawn = global_contrast.brightened(images, 0.3, 0.3, torch.Generator().manual_seed(0))
