@@ -69,7 +69,7 @@ def views(subject: Any, seed: int = 0) -> Views:
 
 def tensors(drawn: Views) -> list[Tensor]:
     labels = [] if drawn.labels is None else [drawn.labels]
-    return [*drawn.images, *drawn.corners, *drawn.extents, *drawn.masks, *labels]
+    return [*drawn.images, *drawn.corners, *drawn.extents, *drawn.masks, *drawn.groups.values(), *labels]
 
 
 @pytest.mark.parametrize("name", METHODS)
