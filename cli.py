@@ -85,7 +85,8 @@ def methods(as_json: Json = False) -> None:
     kinds = {kind: {name: find.summary(kind, name) for name in find.names(kind)} for kind in find.FOLDERS}
     lines = []
     for kind, entries in kinds.items():
-        lines += [f"{kind}s ({find.FOLDERS[kind]}/)", *(f"  {name:<22} {text}" for name, text in entries.items())]
+        plural = f"{kind}es" if kind == "bench" else f"{kind}s"
+        lines += [f"{plural} ({find.FOLDERS[kind]}/)", *(f"  {name:<22} {text}" for name, text in entries.items())]
     _print(kinds, as_json, "\n".join(lines))
 
 
@@ -240,7 +241,14 @@ def sweep(
     address: Annotated[str | None, typer.Option(help="A Ray cluster; default: this machine.")] = None,
     wanted: Annotated[float, typer.Option(help="The difference in the metric that would matter to you.")] = 0.01,
     spatial_dims: Dims = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="What one machine costs per hour, in any one currency: money is counted in it.")
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(min=0, help="Stop when the sweep's machine-hours, earlier starts included, cost this.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: hours, money, storage, power.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="With --dry-run: measure the pace for some seconds.")] = False,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
@@ -250,20 +258,38 @@ def sweep(
     given = (tuple(files or ()), tuple(_dimensioned(overrides, spatial_dims)))
     request = sweeps.Request(space, data, pretrainings, finetunings, search, trials, *given, confirm)
     if dry_run:
-        typer.echo(sweeps.dry_run(request, say=_aside))
+        planned = sweeps.dry_run(request, _aside, address=address, price=price, wanted=wanted, calibrate=calibrate)
+        typer.echo(planned)
         return
-    typer.echo(sweeps.run(request, time_budget=time_budget, address=address, wanted=wanted, against=against, say=_aside))
+    if calibrate:
+        raise UsageError("--calibrate measures for a plan: add --dry-run")
+    answer = sweeps.run(
+        request,
+        time_budget=time_budget,
+        address=address,
+        wanted=wanted,
+        against=against,
+        price=price,
+        max_cost=max_cost,
+        say=_aside,
+    )
+    typer.echo(answer)
 
 
 @app.command()
 def status(
-    name: Annotated[str | None, typer.Argument(help="A sweep; default: the newest.")] = None, as_json: Json = False
+    name: Annotated[str | None, typer.Argument(help="A sweep; default: the newest.")] = None,
+    as_json: Json = False,
+    watching: Annotated[bool, typer.Option("--watch", help="Keep showing it in this terminal; Ctrl-C leaves it.")] = False,
 ) -> None:
-    """What a sweep has finished, what is running, and how long it will take."""
+    """What a sweep has finished, what is running, what it has spent, and how long it will take."""
     from medssl.platform import watch
     from medssl.platform.site import Site
 
     site = Site.here()
+    if watching:
+        watch.attach(site, site.find_sweep(name))
+        return
     state = watch.state(site, site.find_sweep(name))
     _print(state, as_json, watch.describe(state))
 

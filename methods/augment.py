@@ -73,19 +73,30 @@ def view(image: Tensor, corner: Tensor, extent: Tensor | None, side: int, chain:
 
 
 def labelled_view(
-    image: Tensor, label: Tensor, corner: Tensor, side: int, chain: Chain, rng: Generator
+    image: Tensor,
+    label: Tensor,
+    corner: Tensor,
+    side: int,
+    chain: Chain,
+    rng: Generator,
+    extent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One training crop of every slice with its labels, which move with the image.
 
     image, label   (n, c, *spatial) and (n, *spatial) class ids
     corner         (n, D), e.g. from `balanced_corners`
+    extent         (n, D) of boxes to be resized, where a view's pixel has the label of the nearest source pixel; None: `side`
     Returns views (n, c, s, s[, s]) float32, and class ids (n, s, s[, s]) int64: UNLABELLED where a zoom shows what lies beyond
     the crop, or a crop what lies beyond the slice.
     """
     geometry = draw_geometry(len(image), image.dim() - 2, chain, rng)
-    patches = apply_geometry(_window(image, corner, side), geometry)
-    ids = _window(label[:, None], corner, side, fill=UNLABELLED).float()  # class ids are exact in float32
-    ids = apply_geometry(ids, geometry, mode="nearest", fill=UNLABELLED)
+    if extent is None:
+        patches = apply_geometry(_window(image, corner, side), geometry)
+        ids = _window(label[:, None], corner, side, fill=UNLABELLED).float()  # class ids are exact in float32
+        ids = apply_geometry(ids, geometry, mode="nearest", fill=UNLABELLED)
+    else:
+        patches = _resize(image, corner, extent, side, geometry)
+        ids = _resize(label[:, None].float(), corner, extent, side, geometry, mode="nearest", fill=UNLABELLED)
     return _intensity_(patches, chain, rng), ids[:, 0].long()
 
 
@@ -173,20 +184,32 @@ def _window(image: Tensor, corner: Tensor, side: int, fill: int = 0) -> Tensor:
     return runs.index_select(0, start.flatten()).view(samples, channels, *[side] * len(spatial))
 
 
-def _resize(image: Tensor, corner: Tensor, extent: Tensor, side: int, geometry: Geometry) -> Tensor:
-    """Boxes of any extent brought to `side` pixels, with the geometry, in one resample."""
+def _resize(
+    image: Tensor,
+    corner: Tensor,
+    extent: Tensor,
+    side: int,
+    geometry: Geometry,
+    mode: Literal["bilinear", "nearest"] = "bilinear",
+    fill: float = 0,
+) -> Tensor:
+    """Boxes of any extent brought to `side` pixels, with the geometry, in one resample; `mode`, `fill` of `apply_geometry`."""
     zoomed, visible = _sources(geometry.zoom, side)
     taps = []
     for axis, (length, flip) in enumerate(zip(image.shape[2:], _flips(geometry).unbind(1), strict=True)):
         first, box = corner[:, axis, None], extent[:, axis, None]
         at = first + (zoomed + 0.5) * (box / side) - 0.5
-        width = math.ceil(2 * max(1, length / side))  # taps under the widest tent that fits the slice
-        tent = _tent(at, visible, first, first + box - 1, step=(box / side).clamp_min(1), width=width)
-        taps.append(_reversed(tent, flip))
+        last, width = first + box - 1, math.ceil(2 * max(1, length / side))  # taps under the widest tent that fits the slice
+        if mode == "nearest":
+            along = _nearest(at, visible, first, last)
+        else:
+            along = _tent(at, visible, first, last, step=(box / side).clamp_min(1), width=width)
+        taps.append(_reversed(along, flip))
     out = torch.empty(*image.shape[:2], *[side] * len(taps), device=image.device)
     for part in _parts(image):
-        boxes = _along_axes(intensities(image[part]), [_Taps(axis.index[part], axis.weight[part]) for axis in taps])
-        out[part] = _turn(boxes, geometry.turns[part])
+        x = intensities(image[part])
+        boxes = _along_axes(x - fill if fill else x, [_Taps(axis.index[part], axis.weight[part]) for axis in taps])
+        out[part] = _turn(boxes + fill if fill else boxes, geometry.turns[part])
     return out
 
 
@@ -223,7 +246,7 @@ def apply_geometry(
     if any(length != side for length in patches.shape[2:]):
         raise ValueError(f"patches of {list(patches.shape[2:])} px: a quarter turn needs equal sides; crop squares or cubes")
     at, visible = _sources(geometry.zoom, side)
-    taps = _nearest(at, visible, side) if mode == "nearest" else _tent(at, visible, 0, side - 1, step=1, width=2)
+    taps = _nearest(at, visible, 0, side - 1) if mode == "nearest" else _tent(at, visible, 0, side - 1, step=1, width=2)
     flips, odd = _flips(geometry), (geometry.turns % 2 == 1)[:, None]
     flips = torch.where(odd, flips[:, [1, 0, *range(2, flips.shape[1])]], flips)  # the transposition comes first here
     each = [_reversed(taps, flip) for flip in flips.unbind(1)]
@@ -297,8 +320,8 @@ def _tent(at: Tensor, visible: Tensor, first: Tensor | int, last: Tensor | int, 
     return _Taps(index, weight * (visible / weight.sum(-1))[..., None])
 
 
-def _nearest(at: Tensor, visible: Tensor, side: int) -> _Taps:
-    index = (at + 0.5).floor().long().clamp(0, side - 1)
+def _nearest(at: Tensor, visible: Tensor, first: Tensor | int, last: Tensor | int) -> _Taps:
+    index = (at + 0.5).floor().long().clamp(first, last)  # type: ignore[arg-type]
     return _Taps(index[..., None], visible[..., None].float())
 
 

@@ -63,6 +63,7 @@ class Views:
     extents: list[Tensor] = field(default_factory=list)  # v tensors, each (n, D), int64: sides of the source box, pixels
     labels: Tensor | None = None  # (n, s, s) int64, UNLABELLED where the slice carries no label
     masks: list[Tensor] = field(default_factory=list)  # v tensors, each (n, t), bool: patches hidden from the network
+    groups: dict[str, Tensor] = field(default_factory=dict)  # (n,) int64 each: what slices share, such as volume, partition
     monitors: dict[str, Tensor] = field(default_factory=dict)  # what the draws looked like: realised IoU, skipped slices
 
 

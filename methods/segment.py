@@ -8,9 +8,15 @@ included, per-slice Dice):
     dice     mean over n and k of  1 - (2 Σ p y + ε) / (Σ p + Σ y + ε)
     ce       mean over pixels of   - Σ_k y log p
 
-Pixels that nobody annotated take part in neither term. Semi-supervised methods add their terms as hooks.
+`overlap=jaccard` takes the Jaccard index in place of Dice, over the batch: Iglovikov, Seferbekov, Buslaev and Shvets,
+"TernausNetV2", CVPR workshops 2018, https://arxiv.org/abs/1806.00844, as in segmentation-models-pytorch ("multiclass"):
+
+    jaccard  mean over all k, background too, of  1 - Σ p y / (Σ p + Σ y - Σ p y);  0 for a class without a pixel in the batch
+
+Pixels that nobody annotated take part in no term. Semi-supervised methods add their terms as hooks.
 Defaults are the fine-tuning of the CT study (https://github.com/dittohed/exploring-ssl-for-ct): two crops per slice, half
-of them centred on foreground, a milder chain without zoom. Transfers: the whole network.
+of them centred on foreground, a milder chain without zoom. `crop=resized` takes random-resized boxes instead (the law of
+`crops.py`), a label being that of the nearest pixel. Transfers: the whole network.
 
 While `freeze_encoder` lasts, the encoder's parameters do not change by a bit. Nothing else about it is switched off: dropout
 and drop path stay as in training, and batch norms inside it go on normalising by the batch while their running statistics
@@ -25,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from medssl.methods import augment, gather, settings
+from medssl.methods import augment, crops, gather, settings
 from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import UNLABELLED, Batch, Loss, Method, Step, Views
 
@@ -37,7 +43,11 @@ class Config(settings.Chain):
     side: int | None = None  # pixels of a crop; None: 96, or less where the slices are smaller
     crops: int = 2  # per slice and step
     balanced: bool = True  # centre a crop on foreground or background, each half of the time; else anywhere
-    dice: float = 1.0  # weight of the Dice term
+    crop: Literal["fixed", "resized"] = "fixed"  # boxes of `side` pixels, or random-resized boxes anywhere
+    scale: tuple[float, float] = (0.08, 1.0)  # area of a resized box, as a fraction of the slice
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of a resized box
+    overlap: Literal["dice", "jaccard"] = "dice"  # the term beside cross-entropy
+    dice: float = 1.0  # weight of that term
     cross_entropy: float = 1.0  # and of the other
     dice_over: Literal["slice", "batch"] = (
         "slice"  # what Dice is taken over; "batch" (nnU-Net's choice in 2D) lets rare classes learn
@@ -56,6 +66,16 @@ class Config(settings.Chain):
         super().__post_init__()
         if self.crops < 1 or (self.side is not None and self.side < 1):
             raise ValueError(f"crops is {self.crops} and side {self.side}: expected at least 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"scale {self.scale} must lie in (0, 1] and ratio {self.ratio} above 0, each low first")
+        if self.crop == "resized" and self.balanced:
+            raise ValueError(
+                "crop is resized and balanced is true: resized boxes have no centre to choose; set balanced to false"
+            )
+        if self.overlap == "jaccard" and self.dice_over != "batch":
+            raise ValueError(
+                f"overlap is jaccard and dice_over {self.dice_over}: it is taken over the batch; set dice_over to batch"
+            )
         if min(self.dice, self.cross_entropy) < 0 or self.dice + self.cross_entropy == 0:
             raise ValueError(
                 f"dice is {self.dice} and cross_entropy {self.cross_entropy}: expected weights of at least 0, not both 0"
@@ -111,9 +131,17 @@ class Segment(nn.Module):
         if side is None:
             raise ValueError("segment: the side of a crop is not known; set finetune.side to a number of pixels")
         image, label, size = (batch[key].repeat_interleave(self.config.crops, 0) for key in ("image", "label", "size"))
-        corner = augment.balanced_corners(label, size, side, rng) if self.config.balanced else anywhere(size, side, rng)
-        images, labels = augment.labelled_view(image, label, corner, side, self.config, rng)
-        return Views([images], [corner], [torch.full_like(corner, side)], labels)
+        corner, extent = self._boxes(label, size, side, rng)
+        images, labels = augment.labelled_view(image, label, corner, side, self.config, rng, extent)
+        return Views([images], [corner], [torch.full_like(corner, side) if extent is None else extent], labels)
+
+    def _boxes(self, label: Tensor, size: Tensor, side: int, rng: Generator) -> tuple[Tensor, Tensor | None]:
+        """Corners and extents (n, D) of the crops; None: `side` pixels on every axis."""
+        if self.config.crop == "resized":
+            return crops.single(size, self.config.scale, self.config.ratio, rng)
+        if self.config.balanced:
+            return augment.balanced_corners(label, size, side, rng), None
+        return anywhere(size, side, rng), None
 
     def loss(self, views: Views, step: Step) -> Loss:
         """Without a labelled pixel the supervised terms are 0, with gradients of 0: a shard or a batch may hold none."""
@@ -122,8 +150,10 @@ class Segment(nn.Module):
             raise ValueError("segment: these views carry no labels; make them with Segment.augment")
         logits = self.network(images)
         config = self.config
+        jaccard = config.overlap == "jaccard"
         terms = {
-            "dice": config.dice * dice_loss(logits, labels, config.dice_over),
+            config.overlap: config.dice
+            * (jaccard_loss(logits, labels) if jaccard else dice_loss(logits, labels, config.dice_over)),
             "cross_entropy": config.cross_entropy * cross_entropy(logits, labels),
         }
         for hook in self.hooks:
@@ -168,18 +198,39 @@ def dice_loss(logits: Tensor, labels: Tensor, over: Literal["slice", "batch"] = 
     over     "slice": mean over the slices that have a label, where a class absent from one has Dice 1 if nothing is predicted;
              "batch": of the pixels of all slices of all workers together, over the classes that have any
     """
+    overlap, predicted, present = _sums(logits, labels)
+    size = predicted + present
+    if over == "batch":
+        overlap, size, present = (_joint(each) for each in (overlap, size, present))
+        loss = 1 - (2 * overlap + SMOOTH) / (size + SMOOTH)
+        return (loss * (present > 0)).sum() / (present > 0).sum().clamp(min=1)
+    loss = (1 - (2 * overlap + SMOOTH) / (size + SMOOTH)).mean(1)
+    labelled = (labels != UNLABELLED).flatten(1).any(1)
+    return gather.mean((loss * labelled).sum(), labelled.sum())
+
+
+def jaccard_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Soft Jaccard loss over the pixels of all slices of all workers together, mean over all classes.
+
+    A class that none of these pixels has counts 0, as if it were perfect. Shapes as in `dice_loss`.
+    """
+    overlap, predicted, present = (_joint(each) for each in _sums(logits, labels))
+    union = (predicted + present - overlap).clamp(min=SMOOTH)  # a class that is present has more; others do not count
+    return ((1 - overlap / union) * (present > 0)).mean()
+
+
+def _sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each slice and class, over the labelled pixels: Σ p y, Σ p and Σ y, (n, k) each."""
     p = logits.float().softmax(1)
     known = (labels != UNLABELLED)[:, None]
     y = torch.zeros_like(p).scatter_(1, labels[:, None].where(known, 0), known.to(p.dtype))
     axes = tuple(range(2, p.dim()))
-    overlap, size = (p * y).sum(axes), (p * known).sum(axes) + y.sum(axes)  # (n, k)
-    if over == "batch":
-        overlap, size, present = (gather.stack(each.sum(0)).sum(0) for each in (overlap, size, y.sum(axes)))
-        loss = 1 - (2 * overlap + SMOOTH) / (size + SMOOTH)
-        return (loss * (present > 0)).sum() / (present > 0).sum().clamp(min=1)
-    loss = (1 - (2 * overlap + SMOOTH) / (size + SMOOTH)).mean(1)
-    labelled = known.flatten(1).any(1)
-    return gather.mean((loss * labelled).sum(), labelled.sum())
+    return (p * y).sum(axes), (p * known).sum(axes), y.sum(axes)
+
+
+def _joint(sums: Tensor) -> Tensor:
+    """(n, k) of this worker as (k,) over the slices of all workers."""
+    return gather.stack(sums.sum(0)).sum(0)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from medssl.methods.protocol import UNLABELLED, Batch, Method, Views
 from medssl.platform import atomic
 from medssl.platform.history import History
 from medssl.platform.records import Volume
+from medssl.platform.trackers import Runs
 
 WATCHED = 8  # batches whose views are drawn twice
 ROWS = 8  # slices in a picture of views
@@ -25,10 +26,10 @@ PALETTE = np.array(
 
 
 class Board:
-    """Writes under `folder`; with None (every worker but the first) it writes nothing."""
+    """Writes under `folder`; with None (every worker but the first) it writes nothing. `runs` hear the scalars too."""
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    def __init__(self, folder: Path | None, runs: Runs | None = None):
+        self.folder, self.runs = folder, runs
 
     def __enter__(self) -> Self:
         if self.folder:
@@ -50,6 +51,8 @@ class Board:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
             self.history.add(step, values)
+            if self.runs:
+                self.runs.log(step, values)
             rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
             self.log.write(json.dumps({"at": time.strftime("%H:%M:%S"), "step": step, **rounded}) + "\n")
             self.log.flush()

@@ -78,6 +78,7 @@ class Resources:
     gpus: float | None = None  # GPUs of each worker, fractions share one; None: one where the cluster has GPUs, else none
     checkpoint_seconds: float = 60.0  # between two checkpoints
     retries: int = 2  # how often a stage whose machine died is tried again
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()  # that every stage is also told to, as a run of its own
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.cpus < 1 or self.retries < 0 or (self.gpus or 0) < 0:

@@ -58,7 +58,7 @@ def html(board: Leaderboard) -> str:
 def html_table(board: Leaderboard) -> str:
     """The rows alone."""
     head = ["arm", "k×m", f"mean {board.metric}", "95 % interval", "sd between", "sd within", "to control", "95 % interval"]
-    head += ["p", "p (Holm)", "best", "group", f"needed for {words.number(board.wanted)}"]
+    head += ["p", "p (Holm)", "p patients", "best", "group", f"needed for {words.number(board.wanted)}"]
     rows = []
     for row in board.rows:
         control = row.arm == row.control
@@ -68,6 +68,7 @@ def html_table(board: Leaderboard) -> str:
         cells += [page.Cell("control" if control else words.signed(row.difference), 0.0 if control else row.difference)]
         cells += [page.Cell(words.span(row.difference_low, row.difference_high, words.signed), row.difference_low)]
         cells += [page.Cell(words.p_value(row.p), row.p), page.Cell(words.p_value(row.p_holm), row.p_holm)]
+        cells += [page.Cell(words.p_value(row.p_patients), row.p_patients)]
         cells += [page.Cell(words.chance(row.best_probability), row.best_probability), page.Cell(row.letters or "–")]
         cells += [page.Cell("–" if row.needed is None else f"{row.needed:,}", row.needed)]
         rows.append(page.Line(cells, "told" if row.told else "control" if control else ""))
@@ -125,7 +126,7 @@ def _paper(board: Leaderboard) -> str:
 def _markdown(board: Leaderboard) -> str:
     """For a README or an issue: every column, the verdict, the notes."""
     arm = ["arm", "k", "m", f"mean {board.metric}", "95 % interval", "sd between", "sd within"]
-    gap = [f"difference to {board.called.strip('`')}", "95 % interval", "p", "p (Holm)", "best", "group"]
+    gap = [f"difference to {board.called.strip('`')}", "95 % interval", "p", "p (Holm)", "p patients", "best", "group"]
     lines = [[*arm, *gap, f"pretrainings needed for {words.number(board.wanted)}"]]
     for row in board.rows:
         cells = [row.arm, str(row.k), str(row.m), words.number(row.mean), words.span(row.low, row.high)]
@@ -134,6 +135,7 @@ def _markdown(board: Leaderboard) -> str:
             words.span(row.difference_low, row.difference_high, words.signed),
             words.p_value(row.p),
             words.p_value(row.p_holm),
+            words.p_value(row.p_patients),
         ]
         lines.append([*cells, words.chance(row.best_probability), row.letters or "–", str(row.needed or "–")])
     return f"{_pipes(lines)}\n**{board.verdict}**\n\n" + "".join(f"- {note}\n" for note in board.notes)

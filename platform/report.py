@@ -20,7 +20,7 @@ from medssl.platform.answers import Scored
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.figures import Curve, Histogram, Spent
 from medssl.platform.leaderboard import Leaderboard
-from medssl.platform.plan import Chain, Stage
+from medssl.platform.plan import Chain, Stage, labelled_patients
 from medssl.platform.site import Site
 from medssl.platform.store import Store
 from medssl.platform.sweep import Settings, Sweep
@@ -32,6 +32,7 @@ Say = Callable[[str], None]
 Values = Mapping[str, Any]  # of one parameter, by arm
 
 ENOUGH = 20  # complete trials from which on importance is told; PED-ANOVA wants at least 5 among the best quarter
+BUDGETS = {"data.labelled": "labelled training patients", "data.labelled_slices": "labelled training slices"}
 KINDS = {"pretrain": "pretraining", "finetune": "fine-tuning"}
 
 
@@ -158,30 +159,52 @@ def _of_scores(evidence: Evidence) -> Iterator[Drawing]:
         scores = {name: scores[name] for name in (*order, *sorted(scores.keys() - set(order)))}
         drawn = figures.classes(scores, evidence.arms, board.control, evidence.metric)
         yield Drawing("classes", "Per class", caption, drawn)
-    yield _labelled(evidence, board)
+    yield from _labelled(evidence, board)
 
 
-def _labelled(evidence: Evidence, board: Leaderboard) -> Drawing:
-    """The label-fraction curve, where arms differ in `data.labelled`."""
-    name, title = "labelled", "Over labelled patients"
-    arms = {arm: _flat(settings) for arm, settings in evidence.sweep.arms().items()}
-    if len({settings.get("data.labelled") for settings in arms.values()}) < 2:
-        return Drawing(name, title, "", why="no arm varies the number of labelled patients (data.labelled)")
+def _labelled(evidence: Evidence, board: Leaderboard) -> Iterator[Drawing]:
+    """The label-fraction curve, over patients or slices, where arms differ in how many they may use."""
+    experiments = {chain.arm: chain.experiment for chain in evidence.chains}
+    varied = [key for key in BUDGETS if len({_budget(key, each.data) for each in experiments.values()}) > 1]
+    if not varied:
+        why = f"no arm varies the number of {' or of '.join(f'{what} ({key})' for key, what in BUDGETS.items())}"
+        yield Drawing("labelled", "Over labelled patients", "", why=why)
+    for key in varied:
+        amounts = {arm: _amount(evidence, key, experiment) for arm, experiment in experiments.items()}
+        series, control = _series(evidence, board, key, amounts)
+        caption = "A line per initialisation, its points the arms' means, its band their 95 % intervals."
+        drawn = figures.labelled(series, control, evidence.metric, unit=BUDGETS[key])
+        over = key.removeprefix("data.").replace("_", "-")
+        yield Drawing(over, f"Over {BUDGETS[key].replace('training ', '')}", caption, drawn)
+
+
+def _series(
+    evidence: Evidence, board: Leaderboard, key: str, amounts: Mapping[str, int]
+) -> tuple[dict[str, list[tuple[float, leaderboard.Row]]], str | None]:
+    """Arms that differ in `key` alone, as points (amount, row) by what their labels share; and which of them is the control."""
     rows = {row.arm: row for row in board.rows if row.mean is not None}
-    most = len(catalogue.split(Store.open(evidence.sweep.store), evidence.sweep.split).labelled)
-    groups: dict[str, dict[str, float]] = {}
-    for arm, settings in arms.items():
-        amount = settings.get("data.labelled")
-        if arm in rows:
-            rest = json.dumps({key: value for key, value in settings.items() if key != "data.labelled"}, sort_keys=True)
-            groups.setdefault(rest, {})[arm] = most if amount is None else amount
-    series, control = {}, None
-    for members in groups.values():
-        label = _common(list(members))
-        series[label] = [(amount, rows[arm]) for arm, amount in members.items()]
-        control = label if board.control in members else control
-    caption = "A line per initialisation, its points the arms' means, its band their 95 % intervals."
-    return Drawing(name, title, caption, figures.labelled(series, control, evidence.metric))
+    groups: dict[str, list[str]] = {}
+    for arm, settings in evidence.sweep.arms().items():
+        if arm in rows and arm in amounts:
+            rest = {name: value for name, value in _flat(settings).items() if name != key}
+            groups.setdefault(json.dumps(rest, sort_keys=True), []).append(arm)
+    series = {_common(members): [(float(amounts[arm]), rows[arm]) for arm in members] for members in groups.values()}
+    return series, next((_common(members) for members in groups.values() if board.control in members), None)
+
+
+def _budget(key: str, data: config.Data) -> int | None:
+    return data.labelled if key == "data.labelled" else data.labelled_slices
+
+
+def _amount(evidence: Evidence, key: str, experiment: config.Experiment) -> int:
+    """The labelled patients or slices of an arm; all that there are where it sets no number."""
+    if (number := _budget(key, experiment.data)) is not None:
+        return number
+    store = Store.open(evidence.sweep.store)
+    patients = labelled_patients(experiment, catalogue.split(store, evidence.sweep.split))
+    if key == "data.labelled":
+        return len(patients)
+    return sum(volume.slices for volume in store.volumes if volume.labelled and volume.patient in patients)
 
 
 def _common(labels: Sequence[str]) -> str:
@@ -200,7 +223,7 @@ def _of_search(evidence: Evidence) -> Iterator[Drawing]:
     scored = {row.arm for row in board.rows if row.mean is not None}
     varied = _varied({arm: settings for arm, settings in evidence.sweep.arms().items() if arm in scored})
     numeric = {name: values for name, values in varied.items() if all(_is_number(value) for value in values.values())}
-    numeric = {name: values for name, values in numeric.items() if len(set(values.values())) > 2 and name != "data.labelled"}
+    numeric = {name: values for name, values in numeric.items() if len(set(values.values())) > 2 and name not in BUDGETS}
     title, caption = "Over each parameter", "Mean and 95 % interval of every arm over what it sets; dashed, the control."
     if not numeric:
         yield Drawing("slices", title, "", why="no number is set to more than two values by the arms")

@@ -10,7 +10,20 @@ from typing import Any
 
 from torch import Tensor
 
-from medssl.platform import atomic, catalogue, checkpoint, config, evaluate, ledger, metrics, plan, stages, stream, watch
+from medssl.platform import (
+    atomic,
+    catalogue,
+    checkpoint,
+    config,
+    evaluate,
+    ledger,
+    metrics,
+    plan,
+    stages,
+    stream,
+    trackers,
+    watch,
+)
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.records import Volume
 from medssl.platform.site import Site
@@ -78,6 +91,7 @@ def _given(start: str | None) -> dict[str, Any]:
 def _fulfil(job: stages.Job, say: Say) -> dict[str, Any]:
     """The stage's end, told about on the way; Ray only comes up where the stage asks for several workers or for its stream."""
     resources, data = job.chain.experiment.resources, job.chain.experiment.data
+    trackers.check(resources.trackers, job.work.site.runs)
     streamed = job.chain.experiment.spatial_dims == 2 and data.stream != "node"  # volumes are held in memory
     needs_ray = resources.workers > 1 or data.stream == "ray" or (streamed and not stream.fits(Store.open(job.work.store)))
     with connected(None) if needs_ray else contextlib.nullcontext(), watch.Following(job.folder, say):

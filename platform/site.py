@@ -3,7 +3,7 @@
     data/<set>/                        manifest.json, slices/, splits/                         (MEDSSL_DATA, default ./data)
     runs/stages/<method>-<hash>/       run.json, checkpoint.pt, done.json, log.txt, tensorboard/   (MEDSSL_RUNS, default ./runs)
     runs/scores/<stage>.parquet        one file per scored fine-tuning
-    runs/sweeps/<space>-<set>-<hash>/  sweep.json, study.db, arms.json, leaderboard.*, log.txt
+    runs/sweeps/<space>-<set>-<hash>/  sweep.json, study.db, arms.json, spending.json, leaderboard.*, log.txt
 
 A stage is finished when its done.json exists; it is written last. The folder's lock belongs to the process that works on it.
 """
@@ -108,11 +108,21 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def spent(folder: Path) -> float:
+    """Seconds that processes have given to a stage so far, what kills made them repeat included."""
+    try:
+        seen = json.loads((folder / "progress.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return 0.0
+    return float(seen.get("before", 0.0) + seen["at"] - seen["begun"])
+
+
 class Progress:
     """A stage's progress file: rewritten at most once a second, read by whoever shows the sweep."""
 
     def __init__(self, folder: Path, total: int):
         self.file, self.total, self.last = folder / "progress.json", total, 0.0
+        self.before = spent(folder)
         self.begun: float | None = None
         self.first = 0
 
@@ -124,4 +134,5 @@ class Progress:
         if now - self.last >= 1 or step >= self.total:
             self.last = now
             seen = {"step": step, "from": self.first, "total": self.total, "text": text, "begun": self.begun, "at": now}
+            seen["before"] = self.before
             atomic.write_json(self.file, seen, durable=False)

@@ -19,14 +19,28 @@ import torch
 from torch import nn
 
 from medssl.methods.protocol import Batch, Method
-from medssl.platform import atomic, checkpoint, evaluate, find, ledger, loop, metrics, plan, probe, stream, train, weights
+from medssl.platform import (
+    atomic,
+    checkpoint,
+    evaluate,
+    find,
+    ledger,
+    loop,
+    metrics,
+    plan,
+    probe,
+    stream,
+    trackers,
+    train,
+    weights,
+)
 from medssl.platform.board import Board
 from medssl.platform.config import Experiment, Part
 from medssl.platform.errors import RunError
 from medssl.platform.plan import Chain, Stage, contract, labelled_patients, probed_patients
 from medssl.platform.records import Part as DataPart
 from medssl.platform.records import Score, Volume
-from medssl.platform.site import Progress, Site, provenance
+from medssl.platform.site import Progress, Site, provenance, spent
 from medssl.platform.splits import Split
 from medssl.platform.store import Store
 from medssl.platform.volumes import Volumes
@@ -44,6 +58,7 @@ class Work:
     store: Path
     split: Split
     arrays: Arrays | None = None  # the node's shared copy; None: read from the store
+    sweep: str = ""  # that asked for the chain first; trackers group by it
 
     def slices(self, part: DataPart, patients: Iterable[str] | None = None) -> stream.Slices:
         """All slices of a part of the split, or of some of its patients, in memory."""
@@ -60,6 +75,7 @@ class Job:
     chain: Chain
     stage: Stage
     work: Work
+    runs: trackers.Runs = dataclasses.field(default_factory=trackers.Runs)  # where rank 0 also tells its scalars
 
     @property
     def folder(self) -> Path:
@@ -110,20 +126,23 @@ def fulfil(job: Job, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
 
 def _do(job: Job, hear: Hear) -> dict[str, Any]:
     experiment, stage = job.chain.experiment, job.stage
-    begun = time.time()
+    begun = time.time() - spent(job.folder)  # a stage that was killed has cost what it has cost
     record = {"kind": stage.kind, "stage": stage.id, "seed": stage.seed, "steps": stage.steps, "parent": stage.parent}
     record |= {"arm": job.chain.arm, "pretraining": job.chain.index, "encoder_seed": job.chain.encoder_seed}
     record |= {"store": str(job.work.store), "split": job.work.split.name, "config": experiment.tree()}
     if stage.kind == "finetune" and experiment.data.labelled_slices:
         record["labelled_slices"] = plan.labelled_slices(experiment, Store.open(job.work.store), job.work.split)
-    atomic.write_json(job.folder / "run.json", record | {"provenance": provenance()})
     resources = experiment.resources
+    gpu = bool(resources.gpus) if resources.gpus is not None else torch.cuda.is_available()
+    here = torch.cuda.is_available()  # not where workers of their own will have it
+    record |= {"device": (torch.cuda.get_device_name() if here else "gpu") if gpu else "cpu"}
+    atomic.write_json(job.folder / "run.json", record | {"provenance": provenance()})
     alone = resources.workers == 1  # several workers read the store themselves: cheaper than sending them copies
     result = train.launch(
-        _finetune if stage.kind == "finetune" else functools.partial(_pretrain, hear=hear) if alone else _pretrain,
+        functools.partial(_tracked, hear=hear) if alone else _tracked,
         job if alone else dataclasses.replace(job, work=dataclasses.replace(job.work, arrays=None)),
         workers=resources.workers,
-        gpu=bool(resources.gpus) if resources.gpus is not None else torch.cuda.is_available(),
+        gpu=gpu,
         folder=job.folder,
         name="workers",
         cpus_per_worker=resources.cpus,
@@ -132,6 +151,17 @@ def _do(job: Job, hear: Hear) -> dict[str, Any]:
     atomic.write_json(job.folder / "done.json", done)
     (job.folder / "checkpoint.pt").unlink(missing_ok=True)  # nothing is left to continue; the weights lie beside it
     return done
+
+
+def _tracked(job: Job, rank: int, world: int, device: torch.device, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
+    """One worker of a stage; its scalars and its end also go to the trackers asked for."""
+    names = job.chain.experiment.resources.trackers if rank == 0 else ()
+    with trackers.opened(names, job.folder, job.work.sweep, job.work.site.runs) as runs:
+        told = dataclasses.replace(job, runs=runs)
+        pretrains = job.stage.kind == "pretrain"
+        done = _pretrain(told, rank, world, device, hear) if pretrains else _finetune(told, rank, world, device)
+        runs.end(done)
+    return done | ({"untracked": runs.lost} if runs.lost else {})
 
 
 def network(experiment: Experiment, channels: int, classes: int) -> Any:
@@ -325,7 +355,8 @@ def _train(
     assert part.training is not None
     saved = job.folder / "checkpoint.pt"
     progress, shown = Progress(job.folder, job.stage.steps), dict[str, float]()
-    with Board(job.folder if rank == 0 else None) as board:
+    resume = checkpoint.load(saved, device) if saved.exists() else None
+    with Board(job.folder if rank == 0 else None, job.runs) as board:
 
         def show(step: int, values: Mapping[str, float]) -> None:
             shown.update(values)
@@ -341,7 +372,7 @@ def _train(
             board.scalars(step, seen)
             show(step, dict([*seen.items()][:1]))  # the one that ranks; a line has no room for all
 
-        progress.show(0, "starting")
+        progress.show(resume["step"] if resume else 0, "starting")
         return loop.train(
             method,
             board.watching(batches, method),
@@ -349,7 +380,7 @@ def _train(
             steps=job.stage.steps,
             seed=job.stage.seed,
             device=device,
-            resume=checkpoint.load(saved, device) if saved.exists() else None,
+            resume=resume,
             rank=rank,
             world=world,
             on_step=on_step,

@@ -13,6 +13,7 @@ Shape letters: a arms, k pretrainings of an arm, m fine-tunings of a pretraining
 experiments computed at once. Pure functions of arrays; chance comes in as a seed.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -257,14 +258,20 @@ def patient_permutation_test(differences: ArrayLike, *, limit: int = RELABELINGS
     differences = np.asarray(differences, float)
     n = len(differences)
     exact = 2**n <= limit
-    if exact:
-        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-    else:
-        signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(limit, n))
+    signs = _signs(n, limit, seed)
     ties = 1e-9 * np.abs(differences).sum()
     extreme = float((np.abs(signs @ differences) >= abs(differences.sum()) - ties).sum())
     p = extreme / len(signs) if exact else (1 + extreme) / (1 + limit)
     return Permutation(np.asarray(p), 2.0 ** (1 - n) if exact else 1 / (1 + limit), len(signs), exact)
+
+
+@functools.lru_cache(maxsize=1)  # the arms of a leaderboard share their patients
+def _signs(n: int, limit: int, seed: int) -> Array:
+    """All signs of n numbers, (2^n, n), or `limit` drawn ones."""
+    if 2**n <= limit:
+        bits = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+        return np.where(bits == 1, -1.0, 1.0)
+    return np.random.default_rng(seed).choice([-1.0, 1.0], size=(limit, n))
 
 
 def holm(p: ArrayLike) -> Array:
@@ -389,3 +396,15 @@ def needed(sd: float, wanted: float, *, power: float = 0.8, alpha: float = 0.05,
     enough = normal_sample_size(sd, wanted, power=power, alpha=each) + stats.norm.isf(each / 2) ** 2 / 4
     reach = next(k for k in itertools.count(2) if 2 / math.comb(2 * k, k) <= each)
     return max(math.ceil(enough), reach)
+
+
+def detectable(sd: float, k: int, *, power: float = 0.8, alpha: float = 0.05, comparisons: int = 1) -> float:
+    """The smallest difference that `k` pretrainings per arm show with the chance `power`: what `needed` turns round.
+
+    Infinite where k pretrainings cannot reach alpha at all, whatever the difference.
+    """
+    each = alpha / comparisons
+    units = k - stats.norm.isf(each / 2) ** 2 / 4
+    if units <= 0 or 2 / math.comb(2 * k, k) > each:
+        return math.inf
+    return float(sd * math.sqrt(normal_sample_size(1.0, 1.0, power=power, alpha=each) / units))

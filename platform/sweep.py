@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from medssl.platform import atomic, catalogue, config, find, ledger, plan
+from medssl.platform import atomic, catalogue, config, find, ledger, plan, spending, trackers
 from medssl.platform.config import Experiment
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain
@@ -35,6 +35,7 @@ Settings = Mapping[str, Any]  # dotted
 
 SEARCHES = ("grid", "race", "tpe", "gp", "random")
 CONFIRM = 5  # fresh pretrainings against as many: the smallest p is 1/126, enough for Holm over a handful of comparisons
+FRESH = 10_000  # pretrainings of a plan that no arm has yet are counted from here
 AGAINST = ("gpu-hours", "labels")
 LEAST_RACE = 4  # pretrainings per arm of the grid that a race stands for: it begins with half of them everywhere
 
@@ -245,7 +246,7 @@ def _bind(request: Request, space: ModuleType, store: Store) -> Sweep:
     base = _base(request, space)
     split = catalogue.split(store, config.build(config.suited(store.defaults, base)).data.split)
     name = Path(request.space).stem.replace("_", "-")
-    what = [base, store.defaults, store.content_hash, dataclasses.asdict(split), request.search]
+    what = [_decisive(base), store.defaults, store.content_hash, dataclasses.asdict(split), request.search]
     what.append(_arms(space) if request.search in ("grid", "race") else Path(str(space.__file__)).read_text())
     folder = Site.here().runs / "sweeps" / f"{name}-{store.name}-{config.digest(what)[:6]}"
     assert request.search is not None
@@ -270,8 +271,23 @@ def _bind(request: Request, space: ModuleType, store: Store) -> Sweep:
     )
 
 
-def dry_run(request: Request, say: Say) -> str:
-    """The plan of a request, as text. Imports neither torch nor ray."""
+def _decisive(base: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree without the resources that only move work around: with others of those, it is the same sweep."""
+    workers = (base.get("resources") or {}).get("workers", 1)
+    kept = {section: value for section, value in base.items() if section != "resources"}
+    return kept if workers == 1 else kept | {"resources": {"workers": workers}}
+
+
+def dry_run(
+    request: Request,
+    say: Say,
+    *,
+    address: str | None = None,
+    price: float | None = None,
+    wanted: float = 0.01,
+    calibrate: bool = False,
+) -> str:
+    """The plan of a request, as text. Imports neither torch (unless to calibrate) nor ray (unless to ask a cluster)."""
     request = _settled(request)
     space, controls, grid = _check(request)
     store = catalogue.open_store(request.data, say=say)
@@ -281,6 +297,7 @@ def dry_run(request: Request, say: Say) -> str:
     text = plan.describe(arms, sweep.k, sweep.m, store, split, Site.here().finished())
     if grid is None:
         text += f"\nsearch   {request.search}: up to {request.trials} more arms, losing ones stopped after a pretraining"
+    most = None
     if request.search == "race":
         from medssl.platform.race import Race
 
@@ -288,7 +305,50 @@ def dry_run(request: Request, say: Say) -> str:
         text += f"\nrace     at most {most} of the {len(arms) * sweep.k} pretrainings above, those of losing arms left out"
     if sweep.confirm:
         text += f"\nconfirm  {sweep.confirm} fresh pretrainings of the two leading arms and of each control"
+    chains = [plan.chain(label, n, sweep.m, one, store, split) for n in range(sweep.k) for label, one in arms.items()][:most]
+    # arms that a search will ask for, leading arms, controls again: as many chains, of indices that no arm has
+    usual = plan.resolve(sweep.experiment({}), store, split)
+    more = (0 if grid is not None else sweep.k * request.trials) + 2 * sweep.confirm
+    chains += [plan.chain("searched", FRESH + n, sweep.m, usual, store, split) for n in range(more)]
+    again = [(label, FRESH + n) for label in controls for n in range(sweep.confirm)]
+    chains += [plan.chain(label, n, sweep.m, arms[label], store, split) for label, n in again]
+    rivals = sum(sweep.compare.get(label, sweep.control) != label for label in arms)
+    text += _outlook(sweep, chains, rivals, say, address=address, price=price, wanted=wanted, calibrate=calibrate)
     return f"{space.QUESTION}\n{text}\nsmallest p that {sweep.k} pretrainings per arm can give: {smallest_p(sweep.k):.3g}"
+
+
+def _outlook(
+    sweep: Sweep,
+    chains: list[Chain],
+    comparisons: int,
+    say: Say,
+    *,
+    address: str | None,
+    price: float | None,
+    wanted: float,
+    calibrate: bool,
+) -> str:
+    """The lines of a plan about time, money, storage and power."""
+    from medssl.platform import planner
+
+    site, store = Site.here(), Store.open(sweep.store)
+    split = catalogue.split(store, sweep.split)
+    base = sweep.experiment({})
+    measured = {}
+    if calibrate:
+        from medssl.platform import calibrate as calibration
+
+        measured = calibration.measure(chains, store, split, say)
+    if address:
+        with connected(address):
+            hands = planner.cluster()
+    else:
+        hands = planner.this_machine()
+    at_once = _share(base.resources, hands.resources)[1]
+    found = planner.noise(site, store, split, base.evaluate.metric)
+    lines = planner.describe(chains, site, hands, at_once, planner.Paces(site, measured), price)
+    lines += planner.power(found, sweep.k, sweep.m, max(comparisons, 1), wanted)
+    return "".join(f"\n{line}" for line in lines)
 
 
 def smallest_p(k: int) -> float:
@@ -305,13 +365,18 @@ def run(
     address: str | None,
     wanted: float = 0.01,
     against: str | None = None,
+    price: float | None = None,
+    max_cost: float | None = None,
     say: Say,
 ) -> str:
     """Do what is missing of a sweep and answer with its leaderboard."""
     request = _settled(request)
     if against not in (None, *AGAINST):
         raise UsageError(f"--against {against}: {find.nearest(against, AGAINST)}")
+    if max_cost is not None and price is None:
+        raise UsageError("--max-cost needs --price, what one machine costs per hour in the same currency")
     space, controls, grid = _check(request)
+    trackers.check(config.build(_base(request, space)).resources.trackers, Site.here().runs)
     seconds = _seconds(time_budget)
     with ThreadPoolExecutor(1) as beside:
         preparing = beside.submit(catalogue.open_store, request.data, say)
@@ -326,22 +391,23 @@ def run(
                     raise RunError(f"{sweep.folder.name} is being run by another process; `medssl status` shows it")
                 sweep.save()
                 (sweep.folder / "stop").unlink(missing_ok=True)
-                nested = _fit(sweep, space, controls, grid, request.trials, seconds, say)
-    failed = {arm.label: arm.failed for arm in nested.arms.values() if arm.failed}
-    if failed or nested.impossible:
+                meter = spending.Meter(sweep.folder, price=price, limit=max_cost, machines=_machines)
+                nested = None if meter.exhausted else _fit(sweep, space, controls, grid, request.trials, seconds, meter, say)
+    failed = {arm.label: arm.failed for arm in nested.arms.values() if arm.failed} if nested else {}
+    if nested and (failed or nested.impossible):
         with contextlib.suppress(RunError):  # nothing to rank: the reasons say enough
             say(leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted))
         reasons = [f'arm "{label}" failed: {why}' for label, why in failed.items()]
         raise RunError("; ".join([*reasons, *([nested.impossible] if nested.impossible else [])]))
     stages = {stage.id for chain in sweep.chains() for stage in chain.stages}
     left = stages - Site.here().finished()
-    if left or not nested.over:
+    if left or (nested and not nested.over):
         to_go = f"{len(left)} of {len(stages)} stages" if sweep.search == "grid" else "the search"
-        say(f"stopped with {to_go} to go; type the sweep again to continue it")
+        say(f"stopped with {to_go} to go{_missing(sweep, meter)}")
         if not any(ledger.holds(Site.here().runs, stage) for stage in stages):
             return "no fine-tuning has finished yet"
     answer = leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted)
-    chosen = _chosen(sweep, nested) if sweep.search != "grid" or sweep.confirm else ""
+    chosen = _chosen(sweep, nested) if nested and (sweep.search != "grid" or sweep.confirm) else ""
     front = f"\n{pareto(sweep, against)}" if against else ""
     return answer + chosen + front
 
@@ -407,6 +473,23 @@ def pareto(sweep: Sweep, against: str) -> str:
     )
 
 
+def _missing(sweep: Sweep, meter: spending.Meter) -> str:
+    """What a sweep that stopped still needs, and how to go on."""
+    from medssl.platform import planner
+
+    now = meter.now
+    left = planner.to_go(sweep.chains(), Site.here(), now.at_once or 1, now.machines, now.price)
+    if meter.exhausted:
+        return f"{left}; it has cost {now.money:,.2f} of --max-cost {meter.limit:g}: type it again with more to continue it"
+    return f"{left}; type the sweep again to continue it"
+
+
+def _machines() -> int:
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
+
+
 def _fit(
     sweep: Sweep,
     space: ModuleType,
@@ -414,6 +497,7 @@ def _fit(
     grid: Mapping[str, Settings] | None,
     trials: int,
     seconds: float | None,
+    meter: spending.Meter,
     say: Say,
 ) -> "search.NestedSearch":
     """Let Ray Tune run every missing chain; returns the searcher, which knows what became of each arm."""
@@ -458,6 +542,7 @@ def _fit(
     pretrain = plan.resolve(shared_by_all, store, split).pretrain
     probing = sweep.search != "grid" and pretrain is not None and getattr(pretrain.training, "probes", 0) > 0
     share, at_once = _share(resources, ray.cluster_resources())
+    meter.places(at_once)
     shared = ray.remote(num_cpus=1)(_arrays).remote(sweep.store, sweep.split)
     trainable = tune.with_resources(tune.with_parameters(_trial, sweep=sweep, shared=[shared]), share)
     tuner = tune.Tuner(
@@ -477,7 +562,7 @@ def _fit(
             failure_config=tune.FailureConfig(max_failures=resources.retries),
         ),
     )
-    with watch.Watcher(Site.here(), sweep.folder, say):
+    with watch.Watcher(Site.here(), sweep.folder, say, meter):
         tuner.fit()
     for arm in nested.arms.values():  # a pretraining that was stopped on its way is not waited for
         if arm.stopped:
@@ -504,7 +589,7 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
         experiment = plan.resolve(sweep.experiment(settings["settings"]), store, split)
         chain = plan.chain(settings["arm"], settings["index"], sweep.m, experiment, store, split)
         site = Site(data=sweep.store.parent, runs=sweep.folder.parent.parent)
-        work = stages.Work(site, sweep.store, split, ray.get(shared[0]))
+        work = stages.Work(site, sweep.store, split, ray.get(shared[0]), sweep.folder.name)
 
         def tell(scores: list[float]) -> None:
             report = {"score": sum(scores) / len(scores), "failed": "", "complete": len(scores) == len(chain.finetunings)}

@@ -19,7 +19,7 @@ from medssl.platform import find
 README = (find.ROOT / "README.md").read_text()
 COMMANDS = [
     "doctor", "methods", "data list", "data prepare", "data check", "data show", "pretrain", "finetune", "evaluate",
-    "predict", "sweep", "status", "stop", "leaderboard", "bench",
+    "predict", "export", "sweep", "status", "stop", "leaderboard", "report", "bench",
 ]  # fmt: skip
 Typed = Callable[..., tuple[int, str, str]]
 
@@ -399,9 +399,9 @@ def test_budgets_beyond_the_data_and_arms_over_again_are_left_out_and_said(typed
     root = decathlon(tmp_path / "blobs", patients=6)
     code, out, error = typed("sweep", "label-fraction", "--data", root, "--dry-run", *SHORT)
     assert code == 0, error
-    assert 'arm "pretrained, 8" is left out: data.labelled=8: split seed-0 has 4' in error, error
-    assert 'arm "pretrained, all" is left out: on these data it is the same as "pretrained, 4"' in error
-    assert "2 pretrainings and 24 fine-tunings" in out
+    assert 'arm "byol, 8" is left out: data.labelled=8: split seed-0 has 4' in error, error
+    assert 'arm "simsiam, all" is left out: on these data it is the same as "simsiam, 4"' in error
+    assert "4 pretrainings and 36 fine-tunings" in out
     code, _, error = typed("sweep", "label-fraction", "--data", root, "--dry-run", "-o", "data.labelled=2")
     assert (code, "that is what label-fraction varies" in error) == (2, True)
     code, _, error = typed("sweep", "pretraining", "--data", root, "--dry-run", "-o", "data.labelled=9")

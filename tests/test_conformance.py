@@ -69,7 +69,7 @@ def views(subject: Any, seed: int = 0) -> Views:
 
 def tensors(drawn: Views) -> list[Tensor]:
     labels = [] if drawn.labels is None else [drawn.labels]
-    return [*drawn.images, *drawn.corners, *drawn.extents, *drawn.masks, *labels]
+    return [*drawn.images, *drawn.corners, *drawn.extents, *drawn.masks, *drawn.groups.values(), *labels]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -231,11 +231,11 @@ def test_equal_generators_give_equal_views_of_volumes(name):
 @pytest.mark.parametrize("sides", [(32, 32, 32), (21, 18, 24)])
 def test_networks_give_logits_of_the_sides_of_a_volume(name, sides):
     net = network(name, spatial_dims=3)
-    logits = net(torch.rand(1, 1, *sides))
-    assert logits.shape == (1, CLASSES, *sides)
+    logits = net(torch.rand(2, 1, *sides))
+    assert logits.shape == (2, CLASSES, *sides)
     logits.square().mean().backward()
     assert not [key for key, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    maps = net.encoder(torch.rand(1, 1, *sides))
+    maps = net.encoder(torch.rand(2, 1, *sides))
     assert [m.shape[1] for m in maps] == list(net.encoder.channels)
     assert all(m.dim() == 5 for m in maps)
 

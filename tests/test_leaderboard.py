@@ -198,6 +198,44 @@ def test_needed_pretrainings_count_the_fine_tunings_of_both_arms():
     assert many / few == pytest.approx((1 + 1 / 4) / 2, rel=0.25)
 
 
+@pytest.mark.parametrize(("n", "k", "m"), [(7, 2, 2), (10, 3, 1), (4, 1, 1)])
+def test_p_of_patients_is_scipys_paired_permutation_test(n, k, m):
+    from scipy.stats import permutation_test
+
+    runs = simulated(3, k=k, m=m, n=n, gain=0.004, sd=0.004, seed=n)
+    board = rank(runs, "a0", metric="dice")
+    names = [f"p{index}" for index in range(n)]
+    table = {
+        arm: np.array([[run.by_patient[name] for name in names] for run in runs if run.arm == arm])
+        for arm in ("a0", "a1", "a2")
+    }
+    for arm in ("a1", "a2"):
+        pair = (table[arm].mean(axis=0), table["a0"].mean(axis=0))
+        theirs = permutation_test(pair, lambda x, y: np.mean(x - y), permutation_type="samples", n_resamples=np.inf)
+        assert row_of(board, arm).p_patients == pytest.approx(theirs.pvalue)
+    assert row_of(board, "a0").p_patients is None
+
+
+def test_p_of_patients_decides_no_group_and_says_what_it_asks():
+    """One pretraining each: patients all agree, and still nothing is known about another pretraining."""
+    board = rank(simulated(2, k=1, m=1, n=12, gain=0.2, sd=0.001), "a0", metric="dice")
+    row = row_of(board, "a1")
+    assert row.p_patients == pytest.approx(2 / 2**12)
+    assert (row.p, row.letters, row_of(board, "a0").letters) == (1.0, "a", "a")
+    assert board.verdict.startswith("No arm can be told apart")
+    assert any("not whether the method would win again" in note and "decides no group" in note for note in board.notes)
+    for format in ("md", "html"):
+        assert "p patients" in render(board, format)
+    assert json.loads(render(board, "json"))["rows"][0]["p_patients"] == row.p_patients
+    assert next(csv.DictReader(io.StringIO(render(board, "csv"))))["p_patients"] == repr(row.p_patients)
+
+
+def test_p_of_patients_leaves_out_who_is_undefined_in_a_run():
+    scores = {"c": (0.5, 0.6, 0.7, 0.8), "x": (0.6, 0.75, 0.72, math.nan)}
+    runs = [Run(arm, 0, 0, {f"p{n}": score for n, score in enumerate(each)}) for arm, each in scores.items()]
+    assert row_of(rank(runs, "c", metric="dice"), "x").p_patients == pytest.approx(2 / 2**3)
+
+
 # --- designs that cannot answer ---
 
 

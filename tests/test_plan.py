@@ -41,6 +41,7 @@ def ids(m=2, index=0, **dotted):
 def test_equal_settings_give_equal_stages_and_orchestration_changes_none():
     assert ids() == ids()
     assert ids() == ids(resources__cpus=4) == ids(resources__checkpoint_seconds=1.0) == ids(data__stream="node")
+    assert ids() == ids(resources__trackers=("wandb",))
 
 
 @pytest.mark.parametrize(

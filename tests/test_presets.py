@@ -81,7 +81,8 @@ TABLES: dict[str, dict[str, Any]] = {
     ),
     "byol-acdc": byol(0.5 * 128 / 256, intensity_scale=0.2, intensity_scale_p=0.8, intensity_shift_p=0),
     "finetune-acdc-resnet50": RESNET | finetune(  # B.5
-        name="segment", side=224, crops=1, balanced=False, dice_over="batch", freeze_encoder=0, encoder_lr=1.0, **STILL,
+        name="segment", side=224, crops=1, balanced=False, crop="resized", scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3),
+        overlap="jaccard", dice_over="batch", dice=1.0, cross_entropy=0, freeze_encoder=0, encoder_lr=1.0, **STILL,
         intensity_scale=0.2, intensity_scale_p=0.2, intensity_shift=0.2, intensity_shift_p=0.2,
         training__optimizer="adam", training__lr=1e-4, training__end_lr=0, training__warmup=10 / 150, training__weight_decay=0,
         training__clip=5.0, training__steps=150 * (1498 // 192), training__batch=192, training__precision="fp16",
@@ -144,6 +145,21 @@ def test_a_presets_chain_makes_views_of_its_side(name):
     encoder.channels = (4,)  # type: ignore[assignment]
     views = method(encoder, part.settings).augment(batch, torch.Generator().manual_seed(0))
     assert [tuple(images.shape) for images in views.images] == [(2, 1, part.settings.side, part.settings.side)] * 2
+
+
+def test_a_fine_tuning_presets_chain_makes_labelled_views_of_its_side():
+    for name in ("finetune-ct", "finetune-acdc-resnet50"):
+        config_ = config.build(config.read(Path(name))).finetune.settings
+        batch = {
+            "image": torch.randint(0, 256, (2, 1, 240, 230), dtype=torch.uint8),
+            "label": torch.randint(0, 4, (2, 240, 230), dtype=torch.uint8),
+            "size": torch.tensor([[240, 230]] * 2),
+        }
+        views = (
+            find.load("method", "segment").METHOD(torch.nn.Identity(), config_).augment(batch, torch.Generator().manual_seed(0))
+        )
+        shape = (2 * config_.crops, config_.side, config_.side)
+        assert (views.images[0][:, 0].shape, views.labels.shape) == (shape, shape)
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest():

@@ -29,7 +29,7 @@ ARMS = {
     "wide": {"pretrain.iou": (0.2, 0.8)},
 }
 SETTINGS = (
-    "network.width=4", "network.levels=2", "pretrain.side=16", "pretrain.d=8", "pretrain.bottleneck=4",
+    "network.width=4", "network.levels=2", "pretrain.side=16", "pretrain.d=8",
     "pretrain.training.steps=10", "pretrain.training.batch=8", "finetune.side=16", "finetune.training.steps=4",
     "finetune.training.batch=4", "finetune.training.evaluations=2", "evaluate.inference=whole",
 )  # fmt: skip
@@ -180,7 +180,10 @@ def test_the_worst_case_is_the_one_with_the_worst_score(here, metric, sign):
 
 def test_what_a_figure_lacks_is_said(written):
     text = Page(written[0].read_text()).text
-    assert "Left out: no arm varies the number of labelled patients (data.labelled)." in text
+    assert (
+        "Left out: no arm varies the number of labelled training patients (data.labelled) or of labelled training slices "
+        "(data.labelled_slices)." in text
+    )
 
 
 def test_an_unfinished_sweep_is_reported_with_what_is_missing(here, tmp_path):
@@ -254,6 +257,33 @@ def test_arms_that_vary_their_labelled_patients_give_a_curve(here, tmp_path):
     report.write(few.folder.name, tmp_path / "few.html", tmp_path, "dice", 0.01, say=lambda text: None)
     assert (tmp_path / "labelled.svg").exists()
     assert "A line per initialisation" in (tmp_path / "few.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("space", "budgets", "setting", "file", "axis"),
+    [
+        ("label-fraction", (1, 2, None), "data.labelled", "labelled", "labelled training patients"),
+        ("slice-fraction", (3, None), "data.labelled_slices", "labelled-slices", "labelled training slices"),
+    ],
+)
+def test_a_label_fraction_sweep_has_its_curve_in_both_formats(here, tmp_path, monkeypatch, space, budgets, setting, file, axis):
+    """The series of the built-in space, at fewer budgets; the axis ends at what there is in all."""
+    series = load_space(space).SERIES
+    arms = load_space("label-fraction").curve(series, budgets, setting)
+    arms = {"from scratch": arms.pop("from scratch, 1", series["from scratch"] | {setting: 1})} | arms
+    found = computed(file, arms, 1, 1, "pretrain.training.steps=2")
+    monkeypatch.setattr(sys, "argv", ["medssl", "report", found.folder.name, "--figures", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert (tmp_path / f"{file}.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / f"{file}.svg").read_text()
+    assert all(f"<!-- {word} -->" in drawn for word in (axis, "from scratch", "simsiam", "byol"))
+    store = catalogue.open_store("tiny", say=print)
+    patients = catalogue.split(store, found.split).labelled
+    slices = sum(volume.slices for volume in store.volumes if volume.patient in patients)
+    most = len(patients) if file == "labelled" else slices
+    assert f"<!-- {most} -->" in drawn
 
 
 # --- several sweeps ---

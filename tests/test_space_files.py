@@ -38,7 +38,7 @@ def test_a_grid_has_every_combination_and_the_control(tmp_path):
     arms = found.arms()
     assert found.CONTROL == "from scratch"
     assert "from scratch, was added" in found.QUESTION
-    assert arms.pop("from scratch") == {"pretrain": None}
+    assert arms.pop("from scratch") == {"start.weights": None, "pretrain": None}
     varied = {(settings["pretrain.training.lr"], tuple(settings["pretrain.iou"])) for settings in arms.values()}
     assert varied == {(lr, iou) for lr in (0.1, 0.03) for iou in ((0.0, 0.3), (0.3, 0.6))}
     assert {settings["pretrain.side"] for settings in arms.values()} == {32}
@@ -109,7 +109,7 @@ def test_a_parameter_must_vary(tmp_path):
 def test_a_define_by_run_function_is_a_space(tmp_path):
     found = space(tmp_path, "def suggest(trial):\n    return {'pretrain.side': trial.suggest_int('side', 16, 32)}\n", "mine.py")
     assert (found.SEARCH, found.CONTROL) == ("tpe", "from scratch")
-    assert found.arms() == {"from scratch": {"pretrain": None}}
+    assert found.arms() == {"from scratch": {"start.weights": None, "pretrain": None}}
 
 
 def test_a_python_file_without_arms_is_refused(tmp_path):

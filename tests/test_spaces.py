@@ -8,6 +8,7 @@ import pytest
 
 from medssl.platform import config, find, geometry, plan
 from medssl.platform.errors import UsageError
+from medssl.platform.spaces import load_space
 from medssl.platform.splits import Split
 from medssl.platform.store import Store, VolumeRecord
 
@@ -111,21 +112,36 @@ def test_arms_of_one_pretraining_at_different_steps_share_it():
 
 
 @pytest.mark.parametrize(("name", "budget"), [("label-fraction", "labelled"), ("slice-fraction", "labelled_slices")])
-def test_each_budget_has_its_own_control_and_all_budgets_share_one_pretraining(name, budget):
+def test_each_budget_has_its_own_control_and_all_budgets_share_one_pretraining_per_method(name, budget):
     space, chains = find.load("space", name), finetunings(name)
     for label, control in space.COMPARE.items():
         ours, theirs = (getattr(chains[which].experiment.data, budget) for which in (label, control))
         assert ours == theirs
         assert chains[control].pretraining is None
-    pretrainings = {chain.pretraining.id for chain in chains.values() if chain.pretraining}
-    assert len(pretrainings) == 1
-    budgets = [getattr(chain.experiment.data, budget) for chain in chains.values() if chain.pretraining]
-    assert budgets == list(space.BUDGETS)
+    for method in ("simsiam", "byol"):
+        ours = [chain for label, chain in chains.items() if label.startswith(method)]
+        assert {chain.experiment.pretrain.name for chain in ours} == {method}
+        assert len({chain.pretraining.id for chain in ours}) == 1
+        assert [getattr(chain.experiment.data, budget) for chain in ours] == list(space.BUDGETS)
     scratch = [chain.experiment.tree() for chain in chains.values() if not chain.pretraining]
     for tree in scratch:
         tree["data"].pop(budget)
         tree["finetune"]["training"].pop("steps")
     assert all(tree == scratch[0] for tree in scratch), "budgets differ in nothing but labels, and steps that follow from them"
+
+
+def test_a_label_curve_of_other_methods_takes_the_three_lines_that_its_docstring_gives(tmp_path):
+    usual = find.load("space", "label-fraction")
+    lines = [line.strip() for line in usual.__doc__.splitlines() if line.startswith("    ")]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    mine = load_space(str(tmp_path / "mine.py"))
+    assert len(lines) == 3
+    parts = {label: built(settings, mine).pretrain for label, settings in mine.arms().items()}
+    series = {"from scratch": None, "mae": "mae", "moco": "moco"}
+    expected = {f"{name}, {budget or 'all'}": method for name, method in series.items() for budget in usual.BUDGETS}
+    assert {label: part and part.name for label, part in parts.items()} == expected
+    assert {label: f"from scratch, {label.split(', ')[1]}" for label in parts} == mine.COMPARE
+    assert set(usual.SERIES) == {"from scratch", "simsiam", "byol"}, "the space that it imports is what it was"
 
 
 def test_slices_of_smaller_budgets_are_among_those_of_larger_ones():

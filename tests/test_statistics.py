@@ -333,3 +333,16 @@ def test_needed_pretrainings_let_the_permutation_test_reach_its_level():
     assert statistics.needed(0.0, 1.0, comparisons=5) == 5  # 2/252
     with pytest.raises(ValueError, match="wanted"):
         statistics.needed(1.0, 0.0)
+
+
+@pytest.mark.parametrize(("k", "comparisons"), [(4, 1), (6, 1), (6, 5), (30, 5)])
+def test_the_detectable_difference_is_the_one_that_needs_so_many_pretrainings(k, comparisons):
+    least = statistics.detectable(0.02, k, comparisons=comparisons)
+    assert statistics.needed(0.02, least * 1.0001, comparisons=comparisons) == k
+    assert statistics.needed(0.02, least * 0.97, comparisons=comparisons) > k
+    power = pytest.importorskip("statsmodels.stats.power").TTestIndPower()
+    assert power.power(least / 0.02, k, 0.05 / comparisons) == pytest.approx(0.8, abs=0.05)
+
+
+def test_too_few_pretrainings_detect_nothing():
+    assert statistics.detectable(0.001, 3) == math.inf

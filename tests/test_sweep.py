@@ -231,6 +231,50 @@ def test_a_time_budget_ends_a_sweep_cleanly_and_the_next_call_goes_on(here, undi
 
 
 @pytest.mark.slow
+def test_a_cost_limit_ends_a_sweep_cleanly_says_what_is_missing_and_is_not_spent_twice(here, undisturbed, ray_local):
+    scores, board = undisturbed
+    said: list[str] = []
+    limits = {"price": 3600.0, "max_cost": 1.0}  # a second
+
+    def limited() -> list[str]:
+        said.clear()
+        sweep.run(request(), time_budget=None, address=None, say=said.append, **limits)
+        return [line for line in said if "stages to go" in line]
+
+    (told,) = limited()
+    assert "of --max-cost 1: type it again with more to continue it" in told
+    before = len(Site.here().finished())
+    assert before < 16
+    (told,) = limited()
+    assert len(Site.here().finished()) == before, "earlier starts count"
+    run(overrides=("resources.retries=1",))
+    assert len(list((Site.here().runs / "sweeps").iterdir())) == 1, "other resources, the same sweep"
+    assert outcome() == scores
+    assert sweep.leaderboard(None, "csv", "dice") == board
+    assert "0 B to keep" in sweep.dry_run(request(), say=print, price=1.0)
+
+
+@pytest.mark.slow
+def test_a_calibrated_plan_has_hours_and_money_and_leaves_nothing_behind(here, monkeypatch):
+    from medssl.platform import calibrate
+
+    monkeypatch.setattr(calibrate, "SECONDS", 0.5)
+    assert "hours    unknown" in sweep.dry_run(request(), say=print)
+    text = sweep.dry_run(request(), say=print, price=2.0, calibrate=True)
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert "steps/s (calibrated)" in lines["pace"]
+    assert "unknown" not in text
+    assert float(lines["hours"].split()[-2]) > 0
+    assert "per machine and hour" in lines["money"]
+    assert not (Site.here().runs / "stages").exists()
+
+
+def test_a_cost_limit_without_a_price_is_refused(here):
+    with pytest.raises(UsageError, match="--max-cost needs --price"):
+        sweep.run(request(), time_budget=None, address=None, max_cost=1.0, say=print)
+
+
+@pytest.mark.slow
 def test_a_search_adds_arms_to_the_control_and_records_them(here, ray_local):
     table = run(search="tpe", trials=3, k=1, m=1, confirm=0)
     assert "from scratch" in table
@@ -297,7 +341,9 @@ def test_a_leaderboard_without_a_sweep_says_so(here):
 
 
 LABELS = """
-from medssl.search_spaces.label_fraction import COMPARE, CONTROL, QUESTION, arms
+from medssl.search_spaces.label_fraction import CONTROL, QUESTION, SERIES, compared, curve
+MINE = {"from scratch": SERIES["from scratch"], "pretrained": {}}
+arms, COMPARE = lambda: curve(MINE), compared(MINE)
 """
 
 
@@ -320,6 +366,40 @@ def test_a_label_curve_compares_each_budget_with_its_own_control(here, ray_local
             assert row["difference"] == pytest.approx(row["mean"] - rows[f"from scratch, {budget}"]["mean"])
     assert len(stages("pretrain", False)) == 2, "one pretraining serves all budgets, twice"
     assert "its control" in table
+
+
+SHRUNK = {
+    "network": {"width": 4, "levels": 3},
+    "pretrain": {"side": 16, "d": 16, "training": {"steps": 3, "batch": 8}},
+    "finetune": {"side": 32, "training": {"steps": 3, "batch": 4, "evaluations": 1}},
+    "evaluate": {"inference": "whole"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "heads", "methods"),
+    [
+        ("temperature", {"hidden": 16}, {"simclr"}),
+        ("loss-weights", {"hidden": 16}, {"vicreg"}),
+        ("label-fraction", {}, {"simsiam", "byol"}),  # which share no other size of their heads
+        ("iou-interval", {"bottleneck": 8}, {"simsiam"}),
+    ],
+)
+def test_the_spaces_of_the_questions_run_to_a_leaderboard(here, ray_local, name, heads, methods):
+    import yaml
+
+    (here / "small.yaml").write_text(yaml.safe_dump(SHRUNK | {"pretrain": SHRUNK["pretrain"] | heads}))
+    run(space=name, k=1, m=1)
+    board = json.loads(sweep.leaderboard(None, "json", "dice"))
+    asked = sweep.Sweep.open(Site.here().find_sweep(None)).arms()
+    assert [row["arm"] for row in board["rows"] if not 0 <= row["mean"] <= 1] == []
+    assert {row["arm"] for row in board["rows"]} == set(asked)
+    assert len(outcome()) == len(asked) >= 6
+    trained = {
+        json.loads((folder / "run.json").read_text())["config"]["pretrain"]["name"] for folder in stages("pretrain", False)
+    }
+    assert trained == methods
 
 
 @pytest.mark.slow

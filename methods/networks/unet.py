@@ -104,7 +104,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The expanding path: the encoder's maps to one map (n, channels[0], h, w)."""
+    """The expanding path: the encoder's maps to one map (n, channels[0], h, w), or, after the first `blocks`, a coarser one."""
 
     def __init__(self, channels: Sequence[int], config: Config):
         super().__init__()
@@ -113,9 +113,9 @@ class Decoder(nn.Module):
         self.ups = nn.ModuleList(up(coarse, fine, kernel_size=2, stride=2) for coarse, fine in ends)
         self.blocks = nn.ModuleList(block(2 * fine, fine, config) for _, fine in ends)
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+    def forward(self, maps: Sequence[Tensor], blocks: int | None = None) -> Tensor:
         *skips, x = maps
-        for up, stage, skip in zip(self.ups, self.blocks, reversed(skips), strict=True):
+        for up, stage, skip in list(zip(self.ups, self.blocks, reversed(skips), strict=True))[:blocks]:
             x = cut(up(x), skip.shape[2:])  # an odd side was rounded up on the way down
             x = stage(torch.cat([skip, x], dim=1))
         return x

@@ -2,12 +2,15 @@
 
 The first encoder is the study's Swin UNETR (C = 48, pairs of 96 px), where compute is what costs: all of our training, from
 the slices in memory on, against forward, backward and update on views that are already there. The second is a small U-Net's,
-where feeding it costs too: against a DataLoader that reads slices from PNG files, as the study keeps them, and takes each
-through its MONAI chain, with the same method and optimizer after it. There a CPU has one thread on both sides, and the loader
-works in the process that trains, which is the study's default; beside a GPU it has a process per core.
-Slices have a usual size of the study's preparation. On a GPU both sides train in bfloat16 and its memory is told.
+where feeding it costs too, that of `make sweep`: the phantom's slices and its settings, against a DataLoader that reads these
+slices from PNG files, as the study keeps its own, and takes each through its MONAI chain, with the same method and optimizer
+after it. On a CPU both sides compute with torch's own number of threads, and the loader works in the process that trains,
+which is the study's default; beside a GPU it has a process per core. In the first comparison slices have a usual size of the
+study's preparation.
+On a GPU both sides train in bfloat16 and its memory is told.
 """
 
+import dataclasses
 import itertools
 import os
 import tempfile
@@ -15,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,27 +25,22 @@ from medssl.methods import optimizers, simsiam
 from medssl.methods.networks import swin_unetr, unet
 from medssl.methods.protocol import Step, Views
 from medssl.methods.settings import Training
-from medssl.platform import loop, stream
+from medssl.platform import config, ingest, loop, stream
 from medssl.platform.bench import Row
 from medssl.platform.benches import pairs
 from medssl.platform.benches.loop import alternate, in_memory
+from medssl.platform.datasets import phantom
 
 INTERVAL = (0.3, 0.6)
 SIDES = (pairs.HEIGHT, pairs.WIDTH)
 SLICES = 256
+PATIENTS = 6
 
 
 def run() -> list[Row]:
     """Both comparisons, on the device that training would use."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threads = torch.get_num_threads()
-    try:
-        rows = [_against_compute(device)]
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-        return [*rows, _against_source(device)]
-    finally:
-        torch.set_num_threads(threads)
+    return [_against_compute(device), _against_source(device)]
 
 
 def _against_compute(device: torch.device) -> Row:
@@ -52,7 +49,8 @@ def _against_compute(device: torch.device) -> Row:
     method, training = _simsiam(swin_unetr.SwinUNETR(1, 14).encoder, batch, device)
     views = [torch.rand(batch, 1, pairs.SIDE, pairs.SIDE, device=device) for _ in range(2)]
     fast, slow = alternate(
-        _ours(method, training, steps, device), _plain(method, training, steps, lambda: itertools.repeat(views))
+        _ours(method, training, steps, in_memory(SLICES, device, SIDES), device),
+        _plain(method, training, steps, lambda: itertools.repeat(views)),
     )
     what = f"simsiam, Swin encoder of C = 48, {batch} pairs of {pairs.SIDE} px a step, {device.type}"
     if device.type == "cuda":
@@ -63,16 +61,37 @@ def _against_compute(device: torch.device) -> Row:
 
 def _against_source(device: torch.device) -> Row:
     """Where feeding costs: a batch at a time on the device, against a sample at a time on the host."""
-    batch, steps, workers = (128, 20, len(os.sched_getaffinity(0))) if device.type == "cuda" else (16, 4, 0)
-    method, training = _simsiam(unet.UNet(1, 14, unet.Config(width=8)).encoder, batch, device)
+    steps, workers = (40, len(os.sched_getaffinity(0))) if device.type == "cuda" else (8, 0)
     with tempfile.TemporaryDirectory() as folder:
-        loader = _loader(Path(folder), batch, workers)
+        slices, experiment = phantoms(Path(folder), device)
+        method, training = small(experiment, device)
+        loader = png_loader(slices, Path(folder), method.config, training.batch, workers)
         endless = itertools.chain.from_iterable(itertools.repeat(loader))
         moved = ([made[view].as_tensor().to(device) for view in ("view0", "view1")] for made in endless)
-        fast, slow = alternate(_ours(method, training, steps, device), _plain(method, training, steps, lambda: moved))
-    what = f"simsiam, U-Net encoder of width 8, {batch} pairs of {pairs.SIDE} px a step, {device.type}"
+        fast, slow = alternate(_ours(method, training, steps, slices, device), _plain(method, training, steps, lambda: moved))
+    pairs_of = f"{training.batch} pairs of {method.config.side} px a step"
+    what = f"simsiam, U-Net encoder of `make sweep` on phantoms, {pairs_of}, {device.type}"
     rival = f"the CT study's loop: PNG, DataLoader with {workers} workers, MONAI chain"
-    return Row(what, "pairs/s", steps * batch / fast, rival, steps * batch / slow, 3.0 if device.type == "cpu" else 10.0)
+    count, target = steps * training.batch, 3.0 if device.type == "cpu" else 10.0
+    return Row(what, "pairs/s", count / fast, rival, count / slow, target)
+
+
+def phantoms(folder: Path, device: torch.device) -> tuple[stream.Slices, config.Experiment]:
+    """Slices of a few phantoms, and what `make sweep` trains on them: the data set's own settings."""
+    phantom.generate(folder / "scans", patients=PATIENTS)
+    store = ingest.prepare(folder / "scans", folder / "store", changes=phantom.PRESET_CHANGES, workers=1)
+    return stream.Slices.read(store).to(device), config.build(config.suited(phantom.DEFAULTS, {}))
+
+
+def small(experiment: config.Experiment, device: torch.device) -> tuple[simsiam.SimSiam, Training]:
+    """SimSiam around the experiment's encoder."""
+    assert experiment.pretrain
+    assert experiment.pretrain.training
+    torch.manual_seed(0)
+    encoder = unet.UNet(1, 14, experiment.network.settings).encoder
+    precision: Any = "bf16" if device.type == "cuda" else "fp32"
+    training = dataclasses.replace(experiment.pretrain.training, precision=precision, stop_on_collapse=False)
+    return simsiam.SimSiam(encoder, experiment.pretrain.settings).to(device).train(), training
 
 
 def _simsiam(encoder: nn.Module, batch: int, device: torch.device) -> tuple[simsiam.SimSiam, Training]:
@@ -81,9 +100,8 @@ def _simsiam(encoder: nn.Module, batch: int, device: torch.device) -> tuple[sims
     return method.to(device).train(), simsiam.Training(batch=batch, precision=precision, stop_on_collapse=False)
 
 
-def _ours(method: Any, training: Training, steps: int, device: torch.device) -> Callable[[], None]:
+def _ours(method: Any, training: Training, steps: int, slices: stream.Slices, device: torch.device) -> Callable[[], None]:
     """Steps of the loop, with its slices, samples, views, reports."""
-    slices = in_memory(SLICES, device, SIDES)
 
     def work() -> None:
         def batches(start: int) -> Iterable[Any]:
@@ -111,17 +129,18 @@ def _plain(method: Any, training: Training, steps: int, views: Callable[[], Iter
     return work
 
 
-def _loader(folder: Path, batch: int, workers: int) -> Any:
+def png_loader(slices: stream.Slices, folder: Path, config_: simsiam.Config, batch: int, workers: int) -> Any:
     """The study's pretraining loader over slices as PNG files of 8 bits, which it writes first; batches of two views."""
     from monai import data
     from monai import transforms as mt
     from PIL import Image
 
-    rng = np.random.default_rng(0)
-    files = [folder / f"{number}.png" for number in range(SLICES)]
-    for file in files:
-        Image.fromarray(rng.integers(0, 256, SIDES, dtype=np.uint8)).save(file)
-    chain = pairs.rival(INTERVAL)
+    assert config_.side
+    assert config_.iou
+    files = [folder / f"{number}.png" for number in range(len(slices.image))]
+    for file, image, (height, width) in zip(files, slices.image.cpu().numpy(), slices.size.tolist(), strict=True):
+        Image.fromarray(image[0, :height, :width]).save(file)
+    chain = pairs.rival(config_.iou, config_.side)
     transform = mt.Compose(
         [
             mt.LoadImaged("image", reader="PILReader", reverse_indexing=False),

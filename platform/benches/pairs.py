@@ -104,16 +104,16 @@ class RejectionSampler:
         return p, q
 
 
-def rival(interval: tuple[float, float]) -> Callable[[Any], object]:
-    """Slice to two views with MONAI, as the study's pipeline: dictionary transforms on MetaTensors, sample by sample."""
+def rival(interval: tuple[float, float], side: int = SIDE) -> Callable[[Any], object]:
+    """Slice to two views of `side` pixels with MONAI as the study does: dictionary transforms on MetaTensors, one by one."""
     from monai import transforms as mt
 
-    sampler = RejectionSampler(SIDE, interval, np.random.default_rng(0))
+    sampler = RejectionSampler(side, interval, np.random.default_rng(0))
 
     def pair(data: dict[str, Any]) -> dict[str, Any]:
         image = data["image"]
         corners = sampler(image.shape[1:])
-        return {f"view{v}": image[:, y : y + SIDE, x : x + SIDE] for v, (y, x) in enumerate(corners)}
+        return {f"view{v}": image[:, y : y + side, x : x + side] for v, (y, x) in enumerate(corners)}
 
     def chain(key: str) -> list[Any]:
         return [

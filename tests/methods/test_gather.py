@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from medssl.methods import barlow_twins, gather, mae, pdcr, simclr, vicreg
+from medssl.methods import barlow_twins, gather, global_contrast, local_contrast, mae, pdcr, simclr, vicreg
 from medssl.methods.networks import unetr
 from medssl.methods.networks.unet import Config, UNet
 from medssl.methods.protocol import UNLABELLED, Step, Views
@@ -70,9 +70,9 @@ def gathered_whole() -> Whole:
     return Whole(layer, lambda part: gather.rows(layer(x[part]))[0].T.cov().square().sum())
 
 
-def segment(dice_over: Literal["slice", "batch"] = "slice") -> Whole:
+def segment(dice_over: Literal["slice", "batch"] = "slice", overlap: Literal["dice", "jaccard"] = "dice") -> Whole:
     """The second worker's slices have no label at all, the first's have unequal shares."""
-    method = Segment(UNet(1, 3, Config(width=4, levels=2)), SegmentConfig(dice_over=dice_over))
+    method = Segment(UNet(1, 3, Config(width=4, levels=2)), SegmentConfig(dice_over=dice_over, overlap=overlap))
     images, labels = torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8, 8, 8))
     labels[1, :5] = labels[3] = labels[5:] = UNLABELLED
     return Whole(method, lambda part: method.loss(Views([images[part]], labels=labels[part]), Step(0, 1)).total)
@@ -97,6 +97,36 @@ def paired(method: Callable[[nn.Module], nn.Module]) -> Whole:
     return Whole(model, lambda part: model.loss(Views([view[part] for view in views]), Step(0, 1)).total)
 
 
+def partitioned(strategy: Literal["random", "partition-positives"]) -> Whole:
+    """Global contrast: partners and negatives of a slice lie with both workers."""
+    model = global_contrast.GlobalContrast(
+        UNet(1, 2, Config(width=4, levels=2, norm="batch")).encoder,
+        global_contrast.Config(strategy=strategy, side=8, grid=2, d=6, hidden=12),
+    )
+    views, where, whose = torch.randn(2, 8, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]), torch.arange(8) // 3
+
+    def objective(part: slice) -> Tensor:
+        groups = {"partition": where[part], "volume": whose[part]}
+        return model.loss(Views([view[part] for view in views], groups=groups), Step(0, 1)).total
+
+    return Whole(model, objective)
+
+
+def regional() -> Whole:
+    """Local contrast: slices of one partition in volumes of both workers correspond."""
+    model = local_contrast.LocalContrast(
+        UNet(1, 2, Config(width=4, levels=3, norm="batch")),
+        local_contrast.Config(strategy="correspondence", blocks=1, regions=5, region=1, negatives=2, side=16),
+    )
+    views, where, whose = torch.randn(2, 8, 1, 16, 16), torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]), torch.arange(8) // 3
+
+    def objective(part: slice) -> Tensor:
+        groups = {"partition": where[part], "volume": whose[part]}
+        return model.loss(Views([view[part] for view in views], groups=groups), Step(0, 1)).total
+
+    return Whole(model, objective)
+
+
 def masked(encoder: nn.Module) -> Whole:
     """MAE: the hidden patches of both workers together are averaged."""
     method = mae.MAE(encoder, mae.Config(side=16, d=8, depth=1, heads=2, width=4, patch=8))
@@ -114,10 +144,14 @@ CASES: dict[str, Callable[[], Whole]] = {
         lambda encoder: barlow_twins.BarlowTwins(encoder, barlow_twins.Config(side=8, d=4, hidden=12))
     ),
     "vicreg": lambda: paired(lambda encoder: vicreg.VICReg(encoder, vicreg.Config(side=8, d=16, hidden=12))),
+    "global_contrast": lambda: partitioned("partition-positives"),
+    "global_contrast, random": lambda: partitioned("random"),
+    "local_contrast, correspondence": regional,
     "mae, U-Net": lambda: masked(UNet(1, 2, Config(width=4, levels=2, norm="batch")).encoder),
     "mae, ViT": lambda: masked(unetr.Encoder(1, unetr.Config(patch=8, d=8, depth=4, heads=2, grid=2))),
     "pdcr": contrasted,
     "segment, Dice over the batch": lambda: segment("batch"),
+    "segment, Jaccard": lambda: segment("batch", "jaccard"),
 }
 
 

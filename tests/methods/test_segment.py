@@ -10,7 +10,7 @@ from torch import nn
 from medssl.methods.networks.unet import Config as UNetConfig
 from medssl.methods.networks.unet import UNet
 from medssl.methods.protocol import UNLABELLED, Step, Views
-from medssl.methods.segment import Config, Segment, Training, anywhere, cross_entropy, dice_loss
+from medssl.methods.segment import Config, Segment, Training, anywhere, cross_entropy, dice_loss, jaccard_loss
 
 STEP = Step(0, 10)
 
@@ -85,6 +85,59 @@ def test_dice_over_the_batch_asks_only_for_classes_that_it_holds():
     torch.testing.assert_close(dice_loss(wide, labels, "batch"), dice_loss(logits, labels, "batch"))
 
 
+def loop_jaccard(logits, labels):
+    """Class by class and pixel by pixel."""
+    p, classes = logits.detach().double().softmax(1), logits.shape[1]
+    total = 0.0
+    for k in range(classes):
+        shared = union = present = 0.0
+        for place in (labels != UNLABELLED).nonzero():
+            slice_, *pixel = place.tolist()
+            chance, is_k = float(p[(slice_, k, *pixel)]), float(labels[(slice_, *pixel)] == k)
+            shared, union, present = shared + chance * is_k, union + chance + is_k - chance * is_k, present + is_k
+        total += 1 - shared / union if present else 0.0
+    return total / classes
+
+
+@pytest.mark.parametrize("sides", [(9, 7), (3, 4, 5)])
+def test_jaccard_equals_a_loop_over_classes_and_pixels(sides):
+    logits, labels = drawn(*sides)
+    labels[1, :2] = UNLABELLED
+    assert jaccard_loss(logits, labels).item() == pytest.approx(loop_jaccard(logits, labels), abs=1e-6)
+    labels[labels == 2] = 1  # now a class that nobody has: it counts 0 among three
+    assert jaccard_loss(logits, labels).item() == pytest.approx(loop_jaccard(logits, labels), abs=1e-6)
+
+
+def test_jaccard_of_hand_drawn_masks():
+    """As Dice below: class 0 shares 1 of 2 pixels, class 1 shares 2 of 3; a third that is only predicted counts 0."""
+    labels = torch.tensor([[[0, 0, 1, 1]]])
+    logits = 100.0 * nn.functional.one_hot(torch.tensor([[[0, 1, 1, 1]]]), 3).movedim(-1, 1)
+    assert float(jaccard_loss(logits, labels)) == pytest.approx((1 / 2 + 1 / 3 + 0) / 3, abs=1e-6)
+    logits = 100.0 * nn.functional.one_hot(torch.tensor([[[0, 2, 1, 1]]]), 3).movedim(-1, 1)
+    assert float(jaccard_loss(logits, labels)) == pytest.approx((1 / 2 + 0 + 0) / 3, abs=1e-6)
+
+
+def test_with_jaccard_for_overlap_and_no_cross_entropy_the_loss_is_jaccards():
+    views = Views([torch.rand(2, 1, 8, 8, generator=rng())], labels=torch.randint(0, 3, (2, 8, 8), generator=rng(1)))
+    subject = segment(overlap="jaccard", dice_over="batch", cross_entropy=0.0)
+    found = subject.loss(views, STEP)
+    assert set(found.terms) == {"jaccard", "cross_entropy"}
+    torch.testing.assert_close(found.total, jaccard_loss(subject.network(views.images[0]), views.labels))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"overlap": "jaccard"}, "set dice_over to batch"),
+        ({"crop": "resized"}, "set balanced to false"),
+        ({"scale": (0.5, 0.1)}, "each low first"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**settings)
+
+
 def over_the_batch(logits, labels):
     return dice_loss(logits, labels, "batch")
 
@@ -98,7 +151,7 @@ def test_dice_of_hand_drawn_masks():
     assert float(dice_loss(logits, labels)) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("term", [dice_loss, over_the_batch, cross_entropy])
+@pytest.mark.parametrize("term", [dice_loss, jaccard_loss, over_the_batch, cross_entropy])
 def test_unlabelled_pixels_have_no_say_and_no_gradient(term):
     logits, labels = drawn(9, 7)
     labels[1, :4] = labels[2] = UNLABELLED
@@ -110,7 +163,7 @@ def test_unlabelled_pixels_have_no_say_and_no_gradient(term):
     torch.testing.assert_close(term(changed, labels), term(logits, labels), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("term", [dice_loss, over_the_batch, cross_entropy])
+@pytest.mark.parametrize("term", [dice_loss, jaccard_loss, over_the_batch, cross_entropy])
 def test_a_loss_over_partly_labelled_slices_is_that_of_their_labelled_part(term):
     logits, labels = drawn(8, 6)
     part = term(logits[..., :3], labels[..., :3])
@@ -145,6 +198,32 @@ def test_labels_move_with_their_image(balanced):
     assert views.labels.dtype == torch.int64
     torch.testing.assert_close(views.images[0][:, 0].long() % 3, views.labels)
     assert len(views.corners[0].unique(dim=0)) > 1
+
+
+def test_labels_move_with_a_resized_box():
+    """A label is that of the pixel under the middle of the view's pixel: found again by inverting box, flip and turn."""
+    still = {"intensity_scale_p": 0.0, "intensity_shift_p": 0.0, "blur_p": 0.0, "noise_p": 0.0, "flip_p": 0.0, "rot90_p": 0.0}
+    subject = segment(crops=6, balanced=False, crop="resized", scale=(0.1, 0.9), side=7, **still)
+    views = subject.augment(batch(), rng())
+    assert len(views.extents[0].unique(dim=0)) > 6
+    for corner, extent, labels in zip(views.corners[0], views.extents[0], views.labels, strict=True):
+        rows, columns = (((torch.arange(7) + 0.5) * e / 7 + c).floor().long() for c, e in zip(corner, extent, strict=True))
+        torch.testing.assert_close(labels, batch(1)["label"][0][rows][:, columns].long())
+    assert not (views.labels == UNLABELLED).any(), "boxes lie in the slice and not in its padding"
+
+
+@pytest.mark.parametrize("moves", [{"flip_p": 1.0}, {"rot90_p": 1.0}, {"flip_p": (1.0, 0.0)}])
+def test_a_resized_box_and_its_labels_flip_and_turn_alike(moves):
+    """An image of two flat halves: away from where they meet, a pixel's label follows from its intensity."""
+    image = torch.zeros(4, 1, 24, 24)
+    image[:, :, :, 12:] = 1.0
+    given = {"image": image, "label": image[:, 0].to(torch.uint8), "size": torch.tensor([[24, 24]] * 4)}
+    still = {"intensity_scale_p": 0.0, "intensity_shift_p": 0.0, "blur_p": 0.0, "noise_p": 0.0, "flip_p": 0.0, "rot90_p": 0.0}
+    views = segment(crops=4, balanced=False, crop="resized", scale=(0.5, 1.0), side=12, **(still | moves)).augment(given, rng())
+    flat = (views.images[0][:, 0] == 0) | (views.images[0][:, 0] == 1)
+    assert float(flat.float().mean()) > 0.5
+    assert torch.equal(views.images[0][:, 0][flat].long(), views.labels[flat])
+    assert views.labels.unique().tolist() == [0, 1]
 
 
 def test_crops_anywhere_are_uniform_over_the_corners_that_fit():
