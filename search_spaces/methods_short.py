@@ -1,0 +1,51 @@
+"""Does every pretraining method train? All of them in a few hundred steps on a core, on slices of a few dozen pixels.
+
+A check of health and no ranking: papers' heads, queues, teachers and rates are made for 100 epochs and more, and here all are
+cut to size, by hand and not tuned. One optimizer and one rate (AdamW, 1e-3, a cosine to 0) stand for those of all papers;
+heads have 256 units; a teacher that is to arrive within the run moves by a twentieth a step at first instead of a 250th or a
+1000th; prototypes and queue are about as many as the slices of a few batches. The network normalises over the batch: under
+instance norm the coarsest map's mean, which is what methods compare, has few directions to offer (see `networks/unet.py`).
+
+What to look at is `medssl leaderboard --pretrainings`: whether the loss falls, features keep their rank, and a linear probe
+of the frozen encoder beats that of the same encoder before its first step. The fine-tuning behind it is as short.
+Settings in DEFAULTS can be overridden, those in `arms()` cannot: `methods.py` asks the same question of the papers' settings.
+"""
+
+from typing import Any
+
+from medssl.search_spaces import methods
+
+QUESTION = "Does every pretraining method train within a few hundred steps, and is any better than training from scratch?"
+CONTROL = methods.CONTROL
+DEFAULTS = {
+    "network.width": 16,
+    "network.levels": 4,
+    "network.norm": "batch",
+    "pretrain.training.steps": 300,
+    "pretrain.training.batch": 64,
+    "pretrain.training.optimizer": "adamw",
+    "pretrain.training.lr": 1e-3,
+    "pretrain.training.end_lr": 0.0,
+    "pretrain.training.probes": 1,
+    "finetune.training.steps": 100,
+    "finetune.training.evaluations": 1,
+}
+SIZES: dict[str, dict[str, Any]] = {  # of each method, beside its file's settings
+    "barlow_twins": {"d": 256, "hidden": 256},
+    "byol": {"d": 128, "hidden": 256, "momentum": 0.95},
+    "dino": {"hidden": 256, "bottleneck": 64, "prototypes": 256, "momentum": 0.95, "local_crops": 2},
+    "mae": {"patch": 4, "width": 16},
+    "moco": {"hidden": 256, "queue": 256, "momentum": 0.95},
+    "simclr": {},
+    "simsiam": {"d": 256, "bottleneck": 64},
+    "vicreg": {"d": 256, "hidden": 256},
+}
+
+
+def arms() -> dict[str, dict[str, Any]]:
+    return {name: settings | sized(SIZES.get(name, {})) for name, settings in methods.arms().items()}
+
+
+def sized(settings: dict[str, Any]) -> dict[str, Any]:
+    """A method's settings under their dotted names."""
+    return {f"pretrain.{name}": value for name, value in settings.items()}

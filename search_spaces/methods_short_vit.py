@@ -1,0 +1,28 @@
+"""Does every method train a Vision Transformer? As `methods_short.py`, on a small UNETR: tokens of 96, patches of 8 pixels.
+
+Every method of `methods_vit.py`, iBOT included. MAE hides the Transformer's own patches and has the paper's decoder, a small one.
+"""
+
+from typing import Any
+
+from medssl.search_spaces import methods_short, methods_vit
+
+QUESTION = "Does every pretraining of a small UNETR train within a few hundred steps, and is any better than from scratch?"
+CONTROL = methods_vit.CONTROL
+DEFAULTS = {name: value for name, value in methods_short.DEFAULTS.items() if not name.startswith("network.")} | {
+    "network.name": "unetr",
+    "network.patch": 8,
+    "network.d": 96,
+    "network.depth": 4,
+    "network.heads": 4,
+    "network.width": 8,
+    "network.grid": 4,
+}
+SIZES = methods_short.SIZES | {
+    "mae": {"d": 64, "depth": 2, "heads": 4},
+    "ibot": methods_short.SIZES["dino"],
+}
+
+
+def arms() -> dict[str, dict[str, Any]]:
+    return {name: settings | methods_short.sized(SIZES.get(name, {})) for name, settings in methods_vit.arms().items()}
