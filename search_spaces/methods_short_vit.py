@@ -1,6 +1,6 @@
 """Does every method train a Vision Transformer? As `methods_short.py`, on a small UNETR: tokens of 96, patches of 8 pixels.
 
-Every method of `methods_vit.py`, iBOT included. MAE hides the Transformer's own patches and has the paper's decoder, a small one.
+Every method of `methods_vit.py`, iBOT included. MAE hides the Transformer's own patches and has a small decoder of the paper's.
 """
 
 from typing import Any
