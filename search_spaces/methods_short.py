@@ -2,13 +2,16 @@
 
 A check of health and no ranking: papers' heads, queues, teachers and rates are made for 100 epochs and more, and here all are
 cut to size, by hand and not tuned. One optimizer and one rate (AdamW, 1e-3, a cosine to 0) stand for those of all papers;
-heads have 256 units; a teacher that is to arrive within the run moves by a twentieth a step at first instead of a 250th or a
-1000th; prototypes and queue are about as many as the slices of a few batches. The network normalises over the batch: under
-instance norm the coarsest map's mean, which is what methods compare, has few directions to offer (see `networks/unet.py`).
+heads have 256 units, prototypes are 256, and the queue holds four batches, so that its keys come from one encoder and not from
+its history. A teacher that is to arrive within the run moves by a twentieth or a fiftieth a step at first, not by a 250th or a
+1000th, and the centre of a faster teacher must be faster in proportion (see `dino.py`). The network normalises over the batch:
+under instance norm the coarsest map's mean, which is what methods compare, has few directions to offer (see
+`networks/unet.py`).
 
 What to look at is `medssl leaderboard --pretrainings`: whether the loss falls, features keep their rank, and a linear probe
 of the frozen encoder beats that of the same encoder before its first step. The fine-tuning behind it is as short.
-Settings in DEFAULTS can be overridden, those in `arms()` cannot: `methods.py` asks the same question of the papers' settings.
+Settings in DEFAULTS can be overridden, those of SIZES cannot: `methods.py` asks the same question of the papers' settings.
+The side of a view is left to the command line; the Hippocampus, 31 pixels at its smallest, takes `-o pretrain.side=24`.
 """
 
 from typing import Any
@@ -30,11 +33,11 @@ DEFAULTS = {
     "finetune.training.steps": 50,
     "finetune.training.evaluations": 1,
 }
-SHARP: dict[str, Any] = {"momentum": 0.98, "centre_momentum": 0.5, "teacher_temperature": (0.04, 0.04), "training.warmup": 0.1}
+FAST: dict[str, Any] = {"momentum": 0.98, "centre_momentum": 0.5, "teacher_temperature": (0.04, 0.04), "training.warmup": 0.1}
 SIZES: dict[str, dict[str, Any]] = {  # of each method, beside its file's settings
     "barlow_twins": {"d": 256, "hidden": 256},
     "byol": {"d": 128, "hidden": 256, "momentum": 0.98},
-    "dino": {"hidden": 256, "bottleneck": 64, "prototypes": 256, "local_crops": 2} | SHARP,
+    "dino": {"hidden": 256, "bottleneck": 64, "prototypes": 256, "local_crops": 2} | FAST,
     "mae": {"patch": 4, "width": 16},
     "moco": {"hidden": 256, "queue": 256, "momentum": 0.95},
     "simclr": {},
