@@ -19,7 +19,8 @@ Section and equation numbers are that paper's; values that it leaves out are tho
 The two ways to collapse are all slices on one prototype, where `mean_target_entropy` goes to 0, and the uniform
 distribution, where `target_entropy` goes to log K; in both the `divergence` of student and teacher goes to 0 (fig. 7), and
 so does what a target tells about its slice, the difference of the two entropies. The index `collapse` is 1 less its share
-of the greatest it could be; the spread of z would not do, for the centre takes a direction away that all slices share.
+of the greatest it could be; the spread of z would not do, for the centre takes a direction away that all slices share. It
+is NaN, and stops nothing, while the teacher is still mostly the random network that it began as (`cosine_distance` below 1).
 
 Global views go through the networks together, local ones in a second pass, for their sides differ. An encoder that
 normalises over the batch sees the statistics of each pass; its running ones move twice a step. The head has no norm.
@@ -52,7 +53,7 @@ from torch import Generator, Tensor, nn
 from medssl.methods import augment, crops, gather, pairs, settings
 from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import Batch, Loss, Method, Step, Views
-from medssl.methods.teacher import Teacher, cosine_momentum
+from medssl.methods.teacher import Teacher, cosine_distance, cosine_momentum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,8 @@ class DINO(nn.Module):
         crossed = mean_over_pairs(targets, students, self.config.temperature)
         watched = signs(torch.cat(targets))
         watched["divergence"] = crossed.detach().mean() - watched["target_entropy"]
+        if cosine_distance(self.config.momentum, step) < 1:  # a random teacher's targets may be near uniform: no collapse
+            watched["collapse"] = watched["collapse"].new_tensor(torch.nan)
         return gather.mean(crossed.sum(), n), pairs.feature_health(y[:n], step) | watched
 
     def teacher_temperature(self, step: Step) -> float:
