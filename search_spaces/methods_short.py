@@ -10,6 +10,8 @@ under instance norm the coarsest map's mean, which is what methods compare, has 
 
 What to look at is `medssl leaderboard --pretrainings`: whether the loss falls, features keep their rank, and a linear probe
 of the frozen encoder beats that of the same encoder before its first step. The fine-tuning behind it is as short.
+MoCo's loss alone need not fall: as the rate comes down the queue's keys become those of one encoder, and harder; hold it
+against chance, log(1 + 256) = 5.55.
 Settings in DEFAULTS can be overridden, those of SIZES cannot: `methods.py` asks the same question of the papers' settings.
 The side of a view is left to the command line; the Hippocampus, 31 pixels at its smallest, takes `-o pretrain.side=24`.
 """
