@@ -171,7 +171,10 @@ def test_a_method_without_a_temperature_is_refused():
         built({"pretrain.name": "byol", **space.arms()["0.1"]}, space)
 
 
-@pytest.mark.parametrize(("name", "network"), [("methods", "unet"), ("methods-vit", "unetr")])
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [("methods", "unet"), ("methods-vit", "unetr"), ("methods-short", "unet"), ("methods-short-vit", "unetr")],
+)
 def test_every_pretraining_method_that_can_train_the_network_is_an_arm(name, network):
     encoders = {method: find.constant("method", method, "ENCODERS", ()) for method in find.names("method")}
     able = {
