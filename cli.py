@@ -85,7 +85,7 @@ def methods(as_json: Json = False) -> None:
     kinds = {kind: {name: find.summary(kind, name) for name in find.names(kind)} for kind in find.FOLDERS}
     lines = []
     for kind, entries in kinds.items():
-        lines += [f"{kind}s ({find.FOLDERS[kind]}/)", *(f"  {name:<22} {text}" for name, text in entries.items())]
+        lines += [f"{kind}s ({find.FOLDERS[kind]}/)", *(f"  {name:<25} {text}" for name, text in entries.items())]
     _print(kinds, as_json, "\n".join(lines))
 
 
