@@ -23,6 +23,7 @@ STACKS: dict[str, dict[str, float]] = {
     "CPS": {"cross_pseudo_supervision": 1.5},
     "MT": {"mean_teacher": 10.0},
     "UA-MT": {"uncertainty_mean_teacher": 10.0},
+    "CutMix": {"cutmix": 1.0},
     "MT + entropy": {"mean_teacher": 10.0, "entropy_minimisation": 0.001},
 }
 

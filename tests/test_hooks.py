@@ -31,6 +31,8 @@ def network(seed: int = 0, dims: Any = 2) -> UNet:
 
 
 def segment(*names: str, seed: int = 0, dims: int = 2, **settings: Any) -> Any:
+    if names == ("cutmix",):
+        settings = {"threshold": 0.5, **settings}  # so little trained, nothing is sure to 97 %
     net = network(seed, dims)
     hooks = {name: (module := find.load("hook", name)).HOOK(net, module.Config(**settings)) for name in names}
     return Segment(net, Config(side=8, crops=1), hooks)
@@ -100,6 +102,20 @@ def test_the_gradient_never_reaches_a_teacher_and_always_what_is_trained(name):
     assert grouped == {id(p) for p in subject.parameters() if p.requires_grad}
     if subject.predictor is not subject.network:
         assert not any(p.requires_grad for p in subject.predictor.parameters())
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_half_precision_changes_the_term_little_and_reaches_the_network(name):
+    subject = segment(name)
+    drawn = views(subject)
+    whole = own_terms(subject.loss(drawn, STEP), name)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = subject.loss(drawn, STEP)
+    half.total.backward()
+    assert all(torch.isfinite(grad).all() for grad in gradients(subject.network))
+    for key, value in own_terms(half, name).items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, whole[key], rtol=0.1, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -173,6 +189,32 @@ def test_the_terms_of_a_stack_are_those_of_its_hooks_alone():
         alone = segment(name)
         for key, value in own_terms(alone.loss(views(alone), STEP), name).items():
             torch.testing.assert_close(joint.terms[key], value)
+
+
+@pytest.mark.parametrize(
+    ("names", "students", "teachers"),
+    [
+        ((), 1, 0),
+        (("mean_teacher",), 2, 1),
+        (("entropy_minimisation", "pseudo_label"), 2, 0),
+        (("consistency", "entropy_minimisation", "mean_teacher", "pseudo_label"), 3, 1),
+    ],
+)
+def test_a_stack_costs_no_more_forward_passes_than_it_needs(names, students, teachers):
+    """Of the network: the labelled crops, x, and T x, each once if anybody asks; of the teacher x."""
+    subject, passes = segment(*names), dict.fromkeys(("network", "teacher"), 0)
+
+    def counting(name: str) -> Any:
+        def count(*_: Any) -> None:
+            passes[name] += 1
+
+        return count
+
+    subject.network.register_forward_hook(counting("network"))
+    if subject.predictor is not subject.network:
+        subject.predictor.register_forward_hook(counting("teacher"))
+    subject.loss(views(subject), STEP)
+    assert passes == {"network": students, "teacher": teachers}
 
 
 def test_two_hooks_that_predict_are_refused():

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from medssl.methods import augment, settings
+from medssl.methods.hooks.cutmix import Config as CutMixConfig
+from medssl.methods.hooks.cutmix import CutMix, half_boxes
 from medssl.methods.hooks.mean_teacher import Config, MeanTeacher, distribution, follow
 from medssl.methods.hooks.uncertainty_mean_teacher import Config as UncertainConfig
 from medssl.methods.hooks.uncertainty_mean_teacher import UncertaintyMeanTeacher, among_sure, bound
@@ -106,3 +108,34 @@ def test_an_unsure_teacher_is_asked_where_its_noisy_passes_agree():
     torch.testing.assert_close(loss.terms["mse"], expected)
     assert 0 < float(loss.monitors["sure"]) < 1
     torch.testing.assert_close(loss.monitors["sure"], sure.float().mean())
+
+
+@pytest.mark.parametrize("sides", [(20, 20), (16, 16, 16)])
+def test_boxes_hold_half_of_a_crop_and_reach_everywhere(sides):
+    boxes = half_boxes(torch.Size((2000, *sides)), torch.Generator().manual_seed(0))
+    share = boxes.flatten(1).float().mean(1)
+    assert abs(float(share.mean()) - 0.5) < 0.01
+    assert ((share - 0.5).abs() < 0.08).all()  # sides are whole pixels
+    for axis in range(1, len(sides) + 1):
+        other = [place for place in range(1, len(sides) + 1) if place != axis]
+        assert boxes.any(dim=tuple(other)).any(0).all()
+    long = boxes.any(dim=tuple(range(2, len(sides) + 1))).sum(1) / sides[0]
+    assert float(long.min()) < 0.6
+    assert float(long.max()) > 0.9
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_pasted_crops_are_taught_the_pasted_predictions(threshold):
+    student, other = networks()
+    other.weight.data.mul_(4)
+    hook, pass_ = CutMix(other, CutMixConfig(threshold=threshold)), passed(student)
+    drawn = hook.draw(pass_.pair, torch.Generator().manual_seed(1))
+    loss = hook.terms(pass_, drawn, Step(0, 10))
+    x, q = pass_.pair.image, other(pass_.pair.image).softmax(1)
+    pasted, target = x[drawn["partner"]].clone(), q[drawn["partner"]].clone()
+    for row, box in enumerate(drawn["box"]):
+        pasted[row, :, box], target[row, :, box] = x[row, :, box], q[row, :, box]
+    sure = (q.amax(1) > threshold).float().mean()
+    torch.testing.assert_close(loss.terms["mse"], sure * (target - student(pasted).softmax(1)).square().mean())
+    assert threshold == 0 or 0 < float(sure) < 1
+    assert sorted(drawn["partner"].tolist()) == [0, 1, 2]
