@@ -9,9 +9,9 @@ French, Laine, Aila, Mackiewicz and Finlayson, "Semi-supervised semantic segment
     c    = mean over pixels of [max_k g_k(x) > τ]
     L    = c · mean over pixels and classes of (q - p(x'))²
 
-Differences from the paper: π is a rotation, so that no crop meets itself (slices come in random order anyhow); crops have the
-labelled chain's intensities and no scale jitter. In 3D boxes hold half of the voxels. Defaults are the paper's: a = 0.99, τ = 0.97,
-weight 1 without a ramp. Transfers: the teacher.
+Differences from the paper: π is a rotation, so that no crop meets itself (slices come in random order anyhow); crops have
+the labelled chain's intensities and no scale jitter. In 3D boxes hold half of the voxels. Defaults are the paper's: a = 0.99,
+τ = 0.97, weight 1 without a ramp. Transfers: the teacher.
 """
 
 from dataclasses import dataclass
