@@ -79,14 +79,14 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """The methods, networks, presets, search spaces and data sets that can be named."""
+    """The methods, networks, hooks, presets, search spaces and data sets that can be named."""
     from medssl.platform import find
 
     kinds = {kind: {name: find.summary(kind, name) for name in find.names(kind)} for kind in find.FOLDERS}
     lines = []
     for kind, entries in kinds.items():
         plural = f"{kind}es" if kind == "bench" else f"{kind}s"
-        lines += [f"{plural} ({find.FOLDERS[kind]}/)", *(f"  {name:<22} {text}" for name, text in entries.items())]
+        lines += [f"{plural} ({find.FOLDERS[kind]}/)", *(f"  {name:<25} {text}" for name, text in entries.items())]
     _print(kinds, as_json, "\n".join(lines))
 
 
@@ -170,13 +170,17 @@ def finetune(
     spatial_dims: Dims = None,
     index: Annotated[int, typer.Option(min=0, help="Which of the k pretrainings of a sweep's arm.")] = 0,
     number: Annotated[int, typer.Option(min=0, help="Which fine-tuning of that pretraining.")] = 0,
+    hooks: Annotated[
+        list[str] | None, typer.Option("--hook", help="A file of methods/hooks/; its settings are -o hooks.NAME.….")
+    ] = None,
     files: Files = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a segmentation network, from given weights or from scratch, and score it on the test patients."""
     from medssl.platform import single
 
-    given = (start, data, seed, files or [], _dimensioned(overrides, spatial_dims))
+    stacked = [*(f"hooks.{name}={{}}" for name in hooks or []), *(overrides or [])]
+    given = (start, data, seed, files or [], _dimensioned(stacked, spatial_dims))
     typer.echo(single.finetune(*given, say=_aside, index=index, number=number))
 
 

@@ -48,6 +48,17 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two views of m unlabelled crops that differ in intensities and by a geometry T."""
+
+    image: Tensor  # (m, c, s, s[, s]) float32: x
+    moved: Tensor  # (m, c, s, s[, s]) float32: T x, with intensities of its own
+    geometry: Geometry  # T
+    inside: Tensor  # (m, s, s[, s]) bool: pixels of x that are slice, not what lies beyond its end
+    valid: Tensor  # (m, s, s[, s]) bool: pixels of T x that show such a pixel
+
+
+@dataclass(frozen=True)
 class _Taps:
     """Along one axis, which t inputs make each of s outputs, and how much of each."""
 
@@ -98,6 +109,26 @@ def labelled_view(
         patches = _resize(image, corner, extent, side, geometry)
         ids = _resize(label[:, None].float(), corner, extent, side, geometry, mode="nearest", fill=UNLABELLED)
     return _intensity_(patches, chain, rng), ids[:, 0].long()
+
+
+def unlabelled_pair(
+    image: Tensor, size: Tensor, corner: Tensor, side: int, first: Chain, second: Chain, rng: Generator
+) -> Pair:
+    """One crop of every slice, and the same crop moved.
+
+    image, size     (m, c, *spatial), and (m, D) pixels of each slice that are not padding
+    corner          (m, D)
+    first, second   chains of the two views; of `first` the intensities count alone, `second` draws T
+    """
+    patches = crop(image, corner, None, side)
+    geometry = draw_geometry(len(image), image.dim() - 2, second, rng)
+    inside = torch.ones(len(image), *patches.shape[2:], dtype=torch.bool, device=image.device)
+    for axis, left in enumerate((size - corner).unbind(1)):
+        along = torch.arange(side, device=image.device).view(-1, *[1] * (patches.dim() - 3 - axis))
+        inside &= along < _trailing(left, inside)
+    moved = apply_geometry(patches, geometry)
+    valid = apply_geometry(inside[:, None].float(), geometry, mode="nearest")[:, 0] > 0.5
+    return Pair(_intensity_(patches, first, rng), _intensity_(moved, second, rng), geometry, inside, valid)
 
 
 # ------------------------------------------------------------------------------------------------------------- boxes

@@ -11,6 +11,10 @@ A batch, as `platform/stream.py` delivers it on the training device, is a dict o
     position  (n,)          float32: 0 at the volume's lowest slice, 1 at its highest
     patient, volume, index  (n,) int64: whose slice it is, and its row in the store
 
+A step of semi-supervised training has m slices more, whose labels, if there are any, do not travel:
+
+    unlabelled_image  (m, c, h', w')        unlabelled_size  (m, D)
+
 Where the network's `spatial_dims` is 3, an element is a volume, and what is said of slices here and in the methods holds for
 volumes: as `platform/volumes.py` delivers it, z axis last and running upwards,
 
@@ -22,10 +26,13 @@ Views are then cubes (n, c, s, s, s), their labels (n, s, s, s). A quarter turn 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from medssl.methods.augment import Pair
 
 UNLABELLED = 255  # the class id of "nobody said": ignored by every loss and metric
 
@@ -65,6 +72,8 @@ class Views:
     masks: list[Tensor] = field(default_factory=list)  # v tensors, each (n, t), bool: patches hidden from the network
     groups: dict[str, Tensor] = field(default_factory=dict)  # (n,) int64 each: what slices share, such as volume, partition
     monitors: dict[str, Tensor] = field(default_factory=dict)  # what the draws looked like: realised IoU, skipped slices
+    unlabelled: "Pair | None" = None  # of the unlabelled slices, where hooks learn from them
+    drawn: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each hook drew besides
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,25 @@ included, per-slice Dice):
 
     jaccard  mean over all k, background too, of  1 - Σ p y / (Σ p + Σ y - Σ p y);  0 for a class without a pixel in the batch
 
-Pixels that nobody annotated take part in no term. Semi-supervised methods add their terms as hooks.
+Pixels that nobody annotated take part in no term. Semi-supervised methods add their terms as hooks (methods/hooks/):
+
+    L = dice + ce + Σ_h w_h(step) L_h        each L_h from predictions on unlabelled crops x and on T x, T a geometry
+
+Labelled crops, x and T x are forward passes of their own, run when a hook asks for them and once for all hooks. So batch norms
+see the statistics of one kind of crop at a time, and their running statistics follow all of them; instance and group norms
+cannot tell. Hooks are run in order of their names, however they were stacked: sums, draws and states are then equal bit by bit.
 Defaults are the fine-tuning of the CT study (https://github.com/dittohed/exploring-ssl-for-ct): two crops per slice, half
 of them centred on foreground, a milder chain without zoom. `crop=resized` takes random-resized boxes instead (the law of
-`crops.py`), a label being that of the nearest pixel. Transfers: the whole network.
+`crops.py`), a label being that of the nearest pixel. Transfers: the whole network, or what a hook has predict in its place.
 
 While `freeze_encoder` lasts, the encoder's parameters do not change by a bit. Nothing else about it is switched off: dropout
 and drop path stay as in training, and batch norms inside it go on normalising by the batch while their running statistics
 follow the data, so that training and evaluation see one function; instance and group norms have none.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -32,6 +39,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from medssl.methods import augment, crops, gather, settings
+from medssl.methods.augment import Pair
 from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import UNLABELLED, Batch, Loss, Method, Step, Views
 
@@ -99,41 +107,117 @@ class Training(settings.Training):
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of the network, as hooks see it."""
+    """What the network says in one step, as hooks see it: maps are (m, k, s, s), of logits, with their gradient."""
 
-    views: Views
-    logits: Tensor  # (n, k, s, s), with their gradient
+    network: nn.Module
+    config: Config
+    views: Views  # labelled crops and their labels
+    unlabelled: Pair | None  # None where every hook learns from labelled slices only
+
+    @property
+    def pair(self) -> Pair:
+        """Unlabelled crops: `image` is x, `moved` is T x."""
+        assert self.unlabelled is not None  # Segment.augment has seen to it
+        return self.unlabelled
+
+    @cached_property
+    def labelled(self) -> Tensor:
+        """f of the labelled crops, (n, k, s, s)."""
+        logits: Tensor = self.network(self.views.images[0])
+        return logits
+
+    @cached_property
+    def image(self) -> Tensor:
+        """f(x)."""
+        logits: Tensor = self.network(self.pair.image)
+        return logits
+
+    @cached_property
+    def moved(self) -> Tensor:
+        """f(T x)."""
+        logits: Tensor = self.network(self.pair.moved)
+        return logits
+
+    def move(self, maps: Tensor) -> Tensor:
+        """T of maps over x, to be compared with maps over T x where `pair.valid`; 0 where T shows nothing."""
+        return augment.apply_geometry(maps, self.pair.geometry)
+
+
+Drawn = Mapping[str, Tensor]
 
 
 class Hook(Protocol):
-    """A semi-supervised term. A hook with state (a teacher, a queue, a projector) is an nn.Module, so that it is saved."""
+    """A semi-supervised idea: an nn.Module of methods/hooks/, built as `HOOK(network, config)` around the initial network.
 
-    def terms(self, pass_: Pass, step: Step) -> dict[str, Tensor]:
-        """Weighted terms to add to the loss; none where they do not apply."""
+    What it remembers (a teacher, a queue, a second network) are its submodules and buffers: they are saved with the method, and
+    trained where they require gradients. It must not keep `network` itself, which is not its own.
 
-    def after_step(self, step: Step) -> None:
+    One that learns from labelled slices only says so to the platform (`LABELLED_ONLY = True` in its file) and to Segment
+    (`labelled_only = True` of its class). Where all are such, no unlabelled slices come, and `draw` is given None.
+    """
+
+    @property
+    def config(self) -> settings.Hook: ...
+
+    @property
+    def predictor(self) -> nn.Module | None:
+        """What predicts in place of the network; a file with such a hook says `PREDICTS = True`."""
+
+    def draw(self, pair: Pair, rng: Generator) -> Drawn:
+        """All randomness of the hook in one step."""
+
+    def terms(self, pass_: Pass, drawn: Drawn, step: Step) -> Loss:
+        """Weighted terms and monitors, deterministic given the views. Not called where `config.weight` is 0."""
+
+    def after_step(self, network: nn.Module, step: Step) -> None:
         """What follows the optimizer."""
 
 
 class Segment(nn.Module):
-    """Trains `network`, which maps images (n, c, h, w) to logits (n, k, h, w)."""
+    """Trains `network`, which maps images (n, c, h, w) to logits (n, k, h, w).
 
-    def __init__(self, network: nn.Module, config: Config | None = None, hooks: Sequence[Hook] = ()):
+    hooks        by name
+    unlabelled   how the hooks' second views are drawn
+    Raises ValueError when two hooks want to predict.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: Config | None = None,
+        hooks: Mapping[str, Hook] | None = None,
+        unlabelled: settings.Unlabelled | None = None,
+    ):
         super().__init__()
         self.config = config or Config()
         self.network = network
-        self.hooks = tuple(hooks)
-        self.hook_state = nn.ModuleList(hook for hook in self.hooks if isinstance(hook, nn.Module))
+        self.unlabelled = unlabelled or settings.Unlabelled()
+        self.hooks = dict(sorted((hooks or {}).items()))
+        self.hook_state = nn.ModuleDict({name: hook for name, hook in self.hooks.items() if isinstance(hook, nn.Module)})
+        self.active = {name: hook for name, hook in self.hooks.items() if hook.config.weight}
+        self.fed = [name for name, hook in self.active.items() if not getattr(hook, "labelled_only", False)]
+        for name in self.hooks.keys() - self.active.keys():
+            self.hook_state[name].requires_grad_(False)  # workers wait for the gradient of everything that asks for one
+        if len(predict := [name for name, hook in self.hooks.items() if hook.predictor is not None]) > 1:
+            raise ValueError(f"segment: one network can predict, and {' and '.join(predict)} each bring one; choose one hook")
+
+    @property
+    def predictor(self) -> nn.Module:
+        """The network that predicts: a hook's teacher if there is one. It is what validation selects and the test scores."""
+        return next((hook.predictor for hook in self.hooks.values() if hook.predictor is not None), self.network)
 
     def augment(self, batch: Batch, rng: Generator) -> Views:
-        """`crops` labelled crops of every slice, each with its own draw of the chain."""
+        """`crops` labelled crops of every slice, each with its own draw of the chain; for hooks, of every unlabelled one."""
         side = self.config.side
         if side is None:
             raise ValueError("segment: the side of a crop is not known; set finetune.side to a number of pixels")
         image, label, size = (batch[key].repeat_interleave(self.config.crops, 0) for key in ("image", "label", "size"))
         corner, extent = self._boxes(label, size, side, rng)
         images, labels = augment.labelled_view(image, label, corner, side, self.config, rng, extent)
-        return Views([images], [corner], [torch.full_like(corner, side) if extent is None else extent], labels)
+        views = Views([images], [corner], [torch.full_like(corner, side) if extent is None else extent], labels)
+        pair: Any = self._pair(batch, side, rng) if self.fed else None
+        drawn = {name: dict(hook.draw(pair, rng)) for name, hook in self.active.items()}
+        return replace(views, unlabelled=pair, drawn=drawn)  # drawn after them: labelled crops are the same without hooks
 
     def _boxes(self, label: Tensor, size: Tensor, side: int, rng: Generator) -> tuple[Tensor, Tensor | None]:
         """Corners and extents (n, D) of the crops; None: `side` pixels on every axis."""
@@ -143,30 +227,33 @@ class Segment(nn.Module):
             return augment.balanced_corners(label, size, side, rng), None
         return anywhere(size, side, rng), None
 
+    def _pair(self, batch: Batch, side: int, rng: Generator) -> Pair:
+        """The unlabelled crops that hooks learn from."""
+        if "unlabelled_image" not in batch:
+            raise ValueError(f"segment: {', '.join(self.fed)} learn from unlabelled slices, and the batch has none")
+        image, size = (batch[f"unlabelled_{key}"].repeat_interleave(self.config.crops, 0) for key in ("image", "size"))
+        return augment.unlabelled_pair(image, size, anywhere(size, side, rng), side, self.config, self.unlabelled, rng)
+
     def loss(self, views: Views, step: Step) -> Loss:
         """Without a labelled pixel the supervised terms are 0, with gradients of 0: a shard or a batch may hold none."""
-        (images,), labels = views.images, views.labels
-        if labels is None:
+        if views.labels is None:
             raise ValueError("segment: these views carry no labels; make them with Segment.augment")
-        logits = self.network(images)
-        config = self.config
-        jaccard = config.overlap == "jaccard"
-        terms = {
-            config.overlap: config.dice
-            * (jaccard_loss(logits, labels) if jaccard else dice_loss(logits, labels, config.dice_over)),
-            "cross_entropy": config.cross_entropy * cross_entropy(logits, labels),
-        }
-        for hook in self.hooks:
-            added = hook.terms(Pass(views, logits), step)
-            if shared := terms.keys() & added.keys():
-                raise ValueError(f"segment: two terms are named {', '.join(sorted(shared))}; give the hook's its own name")
-            terms |= added
-        labelled = (labels != UNLABELLED).float().mean()
-        return Loss(terms, {"labelled": labelled})
+        loss = self._with_hooks(views, views.labels, step)
+        return Loss(loss.terms, {"labelled": (views.labels != UNLABELLED).float().mean(), **loss.monitors})
+
+    def _with_hooks(self, views: Views, labels: Tensor, step: Step) -> Loss:
+        """Supervised terms, and those of the hooks as `hook/term`."""
+        pass_ = Pass(self.network, self.config, views, views.unlabelled)
+        terms, monitors = supervised(pass_.labelled, labels, self.config), dict[str, Tensor]()
+        for name, hook in self.active.items():
+            added = hook.terms(pass_, views.drawn[name], step)
+            terms |= {f"{name}/{term}": value for term, value in added.terms.items()}
+            monitors |= {f"{name}/{monitor}": value for monitor, value in added.monitors.items()}
+        return Loss(terms, monitors)
 
     def after_step(self, step: Step) -> None:
-        for hook in self.hooks:
-            hook.after_step(step)
+        for hook in self.hooks.values():
+            hook.after_step(self.network, step)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The encoder with its own rate and its time of rest, and everything else: decoder, head, what hooks train."""
@@ -180,7 +267,14 @@ class Segment(nn.Module):
         return [*own, *decay_groups(self, weight_decay, without=encoder)]
 
     def transferable_state(self) -> dict[str, Tensor]:
-        return self.network.state_dict()
+        return self.predictor.state_dict()
+
+
+def supervised(logits: Tensor, labels: Tensor, config: Config) -> dict[str, Tensor]:
+    """The weighted terms of what is labelled; shapes as in `dice_loss`."""
+    jaccard = config.overlap == "jaccard"
+    overlap = jaccard_loss(logits, labels) if jaccard else dice_loss(logits, labels, config.dice_over)
+    return {config.overlap: config.dice * overlap, "cross_entropy": config.cross_entropy * cross_entropy(logits, labels)}
 
 
 def anywhere(size: Tensor, side: int, rng: Generator) -> Tensor:

@@ -151,3 +151,45 @@ class SelfDistillation(PairCrops, Chain):
             raise ValueError(
                 f"temperature is {self.temperature} and teacher_temperature {self.teacher_temperature}: expected more than 0"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlabelled(Chain):
+    """How hooks are fed: unlabelled slices per step, and the chain of their second view (the first has the labelled one's)."""
+
+    batch: int | None = None  # unlabelled slices per step, over all workers together; None: as many as labelled ones
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"batch is {self.batch}: expected at least 1 unlabelled slice per step, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hook:
+    """What every hook has: the weight of its term, and how it rises (see `ramps.py`)."""
+
+    weight: float = 1.0  # 0: no term
+    ramp: Literal["constant", "linear", "sigmoid"] = "constant"
+    ramp_length: float = 1.0  # fraction of the steps after which the weight is whole
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"weight is {self.weight}: expected at least 0")
+        if not 0 < self.ramp_length <= 1:
+            raise ValueError(f"ramp_length is {self.ramp_length}: expected more than 0, and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherHook(Hook):
+    """A hook whose teacher follows the network (see `hooks/mean_teacher.py`)."""
+
+    weight: float = 10.0
+    ramp: Literal["constant", "linear", "sigmoid"] = "sigmoid"
+    momentum: float = 0.99  # a: the share of its own that the teacher keeps at a step
+    decay: float = 0.0  # λ: of the teacher's weights at a step
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.momentum <= 1 and 0 <= self.decay < 1):
+            raise ValueError(f"momentum is {self.momentum} and decay {self.decay}: expected 0 to 1, and 0 to less than 1")

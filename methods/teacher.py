@@ -56,3 +56,11 @@ class Teacher(nn.Module):
 def cosine_momentum(base: float, step: Step) -> float:
     """1 - (1 - base) (cos(π k / K) + 1) / 2: `base` at the first step, 1 at k = K. Grill et al. 2020, sec. 3.3."""
     return 1 - (1 - base) * (math.cos(math.pi * step.progress) + 1) / 2
+
+
+def cosine_distance(base: float, step: Step) -> float:
+    """Σ (1 - m) over the steps before this one, as an integral: how many times over a teacher could have arrived so far.
+
+    A teacher that has gone less than 1 is still mostly what it began as.
+    """
+    return (1 - base) * step.total * (step.progress + math.sin(math.pi * step.progress) / math.pi) / 2

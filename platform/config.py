@@ -5,6 +5,8 @@
     network    name (a file of methods/networks/) and its settings
     pretrain   name (a file of methods/) and its settings, `training` below it; null: from scratch
     finetune   the same, for the supervised stage
+    hooks      names (files of methods/hooks/) with their settings: semi-supervised terms of fine-tuning; null switches one off
+    unlabelled how hooks are fed; of no account without any
     evaluate   how volumes are predicted and scored
     resources  where and how often, without effect on results
 
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from medssl.methods.settings import Training
+from medssl.methods.settings import Training, Unlabelled
 from medssl.platform import find
 from medssl.platform.errors import UsageError
 
@@ -87,7 +89,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Part:
-    """A named piece with its settings: a network, a pretraining method, the fine-tuning."""
+    """A named piece with its settings: a network, a pretraining method, the fine-tuning, a hook."""
 
     name: str
     settings: Any
@@ -106,6 +108,8 @@ class Experiment:
     resources: Resources
     seed: int = 0
     start: Start = Start()
+    hooks: tuple[Part, ...] = ()  # by name
+    unlabelled: Unlabelled | None = None  # None without hooks that learn from unlabelled slices
     given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the tree it was built from
 
     @property
@@ -122,6 +126,10 @@ class Experiment:
             training = {"training": dataclasses.asdict(value.training)} if value.training else {}
             return {"name": value.name, **dataclasses.asdict(value.settings), **training}
 
+        semi = {}
+        if self.hooks:  # what has none reads as before there were any
+            settings = {hook.name: dataclasses.asdict(hook.settings) for hook in self.hooks}
+            semi = {"hooks": settings, "unlabelled": dataclasses.asdict(self.unlabelled) if self.unlabelled else {}}
         return {
             "seed": self.seed,
             "data": dataclasses.asdict(self.data),
@@ -131,6 +139,7 @@ class Experiment:
             "finetune": part(self.finetune),
             "evaluate": dataclasses.asdict(self.evaluate),
             "resources": dataclasses.asdict(self.resources),
+            **semi,
         }
 
 
@@ -138,12 +147,19 @@ BASE: dict[str, Any] = {"network": {"name": "unet"}, "pretrain": {"name": "simsi
 
 
 def stack(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge nested mappings, later ones winning. A section given as a name (`pretrain: byol`) means `{name: byol}`."""
+    """Merge nested mappings, later ones winning. A section given as a name (`pretrain: byol`) means `{name: byol}`.
+
+    In the names of hooks - and _ are one, so that a hook's settings meet however it was typed; a list of names is a mapping
+    of these to no settings.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
             if key in ("network", "pretrain", "finetune") and isinstance(value, str):
                 value = {"name": value}
+            if key == "hooks" and isinstance(value, list | Mapping):
+                hooks = value.items() if isinstance(value, Mapping) else ((name, {}) for name in value)
+                value = {str(name).replace("-", "_"): settings for name, settings in hooks}
             if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
                 merged[key] = stack([merged[key], value])
             else:
@@ -220,6 +236,8 @@ def build(tree: Mapping[str, Any]) -> Experiment:
         raise UsageError(f"seed: expected a whole number, got {seed!r}")
     network = _part("network", "network", tree["network"])
     pretrain = None if tree["pretrain"] is None else _part("method", "pretrain", tree["pretrain"])
+    hooks = _hooks(tree.get("hooks") or {})
+    unlabelled = _dataclass(Unlabelled, tree.get("unlabelled") or {}, "unlabelled")
     if pretrain:
         _refuse_encoder(pretrain.name, network.name)
     return Experiment(
@@ -231,8 +249,28 @@ def build(tree: Mapping[str, Any]) -> Experiment:
         resources=_dataclass(Resources, tree.get("resources") or {}, "resources"),
         seed=seed,
         start=_dataclass(Start, tree.get("start") or {}, "start"),
+        hooks=hooks,
+        unlabelled=unlabelled if any(_fed(hook) for hook in hooks) else None,
         given=tree,
     )
+
+
+def _fed(hook: Part) -> bool:
+    """Whether a hook learns from unlabelled slices."""
+    return not find.constant("hook", hook.name, "LABELLED_ONLY", False)
+
+
+def _hooks(tree: Any) -> tuple[Part, ...]:
+    """The hooks that are not switched off, by name."""
+    if not isinstance(tree, Mapping):
+        raise UsageError(
+            f"hooks: expected names with their settings, as in `hooks: {{mean_teacher: {{weight: 5}}}}`, got {tree!r}"
+        )
+    chosen = {name: values for name, values in sorted(tree.items()) if values is not None}
+    hooks = tuple(Part(name, _dataclass(find.settings("hook", name), chosen[name], f"hooks.{name}")) for name in chosen)
+    if len(predict := [hook.name for hook in hooks if find.constant("hook", hook.name, "PREDICTS", False)]) > 1:
+        raise UsageError(f"hooks: {' and '.join(predict)} each bring the network that predicts; choose one of them")
+    return hooks
 
 
 def _refuse_encoder(method: str, network: str) -> None:

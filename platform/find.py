@@ -1,4 +1,4 @@
-"""The name you type is the file that opens: methods, networks, presets, spaces, data sets and benches, found by listing."""
+"""The name you type is the file that opens: methods, networks, hooks, presets, spaces, data sets, benches, found by listing."""
 
 import ast
 import dataclasses
@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
     "method": "methods",
     "network": "methods/networks",
+    "hook": "methods/hooks",
     "preset": "methods/presets",
     "space": "search_spaces",
     "dataset": "platform/datasets",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from medssl.methods.settings import Unlabelled
 from medssl.platform import ledger
 from medssl.platform.config import RESULTS_VERSION, Experiment, Part, Start, digest
 from medssl.platform.errors import UsageError
@@ -103,11 +104,31 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
         if getattr(pretrain.settings, "iou", None) and pretrain.settings.unreachable == "error":
             _refuse_unreachable(pretrain.settings, sizes)
     _refuse_probes(experiment, store, split)
+    unlabelled = _resolved_unlabelled(experiment, store, split)
     network = experiment.network
     if getattr(network.settings, "levels", 0) is None:  # from the data alone: arms with and without pretraining share it
         network = _with(network, levels=min(5, disjoint_side(sizes).bit_length() - 2))
     start = _resolved_start(experiment.start, pretrain)
-    return dataclasses.replace(experiment, network=network, pretrain=pretrain, finetune=finetune, start=start)
+    return dataclasses.replace(
+        experiment, network=network, pretrain=pretrain, finetune=finetune, start=start, unlabelled=unlabelled
+    )
+
+
+def _resolved_unlabelled(experiment: Experiment, store: Store, split: Split) -> Unlabelled | None:
+    """How hooks are fed, with its batch. Raises UsageError when there is nothing to feed them, or it cannot be shared."""
+    unlabelled, training = experiment.unlabelled, experiment.finetune.training
+    if unlabelled is None or training is None:
+        return unlabelled
+    names = ", ".join(hook.name for hook in experiment.hooks)
+    if not unlabelled_patients(experiment, split):
+        raise UsageError(
+            f"hooks ({names}) learn from training patients beyond data.labelled, and split {split.name} has none left; "
+            f"set data.labelled below {len(split.train)}, or leave the hooks out"
+        )
+    batch, parts = unlabelled.batch or training.batch, experiment.resources.workers * training.accumulate
+    if batch % parts:
+        raise UsageError(f"unlabelled.batch={batch} cannot be shared by workers and micro-batches; use a multiple of {parts}")
+    return dataclasses.replace(unlabelled, batch=batch)
 
 
 def place(at: float, steps: int) -> int:
@@ -165,6 +186,11 @@ def labelled_patients(experiment: Experiment, split: Split) -> tuple[str, ...]:
     if wanted is not None and wanted > len(split.labelled):
         raise TooFewLabels(f"data.labelled={wanted}: split {split.name} has {len(split.labelled)} labelled training patients")
     return split.labelled[:wanted]
+
+
+def unlabelled_patients(experiment: Experiment, split: Split) -> tuple[str, ...]:
+    """The training patients whom hooks learn from: those beyond `labelled_patients`, whatever is known of their labels."""
+    return tuple(sorted(set(split.train) - set(labelled_patients(experiment, split))))
 
 
 def labelled_slices(experiment: Experiment, store: Store, split: Split) -> tuple[tuple[str, int], ...] | None:
@@ -341,6 +367,10 @@ def finetuning(
         begins,
         seed,
     ]
+    if experiment.hooks:  # what has none keeps the id from before there were any
+        what.append(tree["hooks"])
+    if experiment.unlabelled:
+        what += [tree["unlabelled"], unlabelled_patients(experiment, split)]
     return Stage("finetune", f"{experiment.finetune.name}-{digest(what)}", seed, _steps(experiment.finetune), parent)
 
 
@@ -376,7 +406,7 @@ def describe(arms: Mapping[str, Experiment], k: int, m: int, store: Store, split
         given = f"from {Path(experiment.start.weights).name}; " if experiment.start.weights else ""
         what = f"{_told(experiment.pretrain, of)}; then " if experiment.pretrain else "no pretraining; then "
         snapshot = f"from its step {experiment.start.step}: " if experiment.start.step else ""
-        lines.append(f"arm      {label:<16} {given}{what}{snapshot}{_told(experiment.finetune, of)}{_budget(experiment)}")
+        lines.append(f"arm      {label:<16} {given}{what}{snapshot}{_tuned(experiment, of)}{_budget(experiment)}")
     network = next(iter(arms.values())).network
     lines.append(f"network  {network.name}: " + ", ".join(f"{key} {value}" for key, value in vars(network.settings).items()))
     kinds = [stage.kind for stage in stages.values()]
@@ -389,6 +419,12 @@ def describe(arms: Mapping[str, Experiment], k: int, m: int, store: Store, split
     )
     lines.append(f"steps    {sum(stage.steps for stage in stages.values() if stage.id not in finished):,} to go")
     return "\n".join(lines)
+
+
+def _tuned(experiment: Experiment, of: str) -> str:
+    """The fine-tuning, and its hooks."""
+    told = " + ".join([_told(experiment.finetune, of), *(hook.name for hook in experiment.hooks)])
+    return f"{told}, {experiment.unlabelled.batch} unlabelled {of}" if experiment.unlabelled else told
 
 
 def _budget(experiment: Experiment) -> str:

@@ -1,6 +1,8 @@
 """What the pretrainings of a sweep look like, before any fine-tuning: a row each.
 
-    loss       sum of the terms at the first and at the last report; of one method only comparable with itself
+    loss       sum of the terms, mean over the first and over the last tenth of the steps; of one method only comparable with
+               itself. One report would mislead: MoCo's first steps compare with a queue of random vectors, a game far easier
+               than the one that follows
     training   monitors at the last report: collapse index (0 spread, 1 a point), spread and effective rank of the features of
                views; a method reports those that mean something for it
     probe      of the frozen encoder on validation slices (`pretrain.training.probes`), before the first step and at the end:
@@ -14,6 +16,7 @@ leaderboard's, on test patients after fine-tuning.
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +28,8 @@ from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain
 from medssl.platform.site import Site
 from medssl.platform.sweep import Sweep
+
+TENTH = 0.1  # of the steps: what counts as the beginning and as the end of a training
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ def _row(site: Site, chain: Chain, stage: str) -> Row:
         row,
         status=done["status"],
         steps=done["step"],
-        first_loss=_total(reports[0]) if reports else None,
-        last_loss=_total(reports[-1]) if reports else None,
+        first_loss=_mean_loss(reports, 0.0, TENTH),
+        last_loss=_mean_loss(reports, 1 - TENTH, 1.0),
         collapse=_known(monitors.get("collapse")),
         spread=_known(monitors.get("feature_spread")),
         rank=_known(monitors.get("effective_rank")),
@@ -102,8 +107,15 @@ def _row(site: Site, chain: Chain, stage: str) -> Row:
     return dataclasses.replace(row, **seen)  # type: ignore[arg-type]
 
 
-def _total(report: Mapping[str, float]) -> float | None:
-    return _known(sum(value for key, value in report.items() if key.startswith("loss/")))
+def _mean_loss(reports: Sequence[Mapping[str, float]], begin: float, end: float) -> float | None:
+    """The mean loss of the steps between two fractions of all that were reported. A report speaks of all steps since the one
+    before; None where nothing was reported, or no number."""
+    steps = [0.0, *(report["step"] for report in reports)]
+    low, high = begin * steps[-1], end * steps[-1]
+    shares = [max(0.0, min(last, high) - max(first, low)) for first, last in itertools.pairwise(steps)]
+    losses = [sum(value for key, value in report.items() if key.startswith("loss/")) for report in reports]
+    spoken = [(share, loss) for share, loss in zip(shares, losses, strict=True) if share > 0]
+    return _known(sum(share * loss for share, loss in spoken) / sum(share for share, _ in spoken)) if spoken else None
 
 
 def _rate(reports: Sequence[Mapping[str, float]]) -> float | None:

@@ -240,8 +240,8 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
     part = experiment.finetune
     torch.set_num_threads(experiment.resources.cpus)
     model, before = _start(job, store)
-    method = find.load("method", part.name).METHOD(model, part.settings)
-    batches = _batches(job, part, labelled_patients(experiment, split), True, rank, world, device)
+    method, batches = _segmenting(job, model, rank, world, device)
+    model = method.predictor  # the network itself, or a hook's teacher
     best = job.folder / "best.pt"
     validation = list(job.work.slices("val").volumes()) if rank == 0 else []
 
@@ -276,6 +276,26 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
         "losses": outcome.losses,
         "chain": kept["chain"],
     }
+
+
+def _segmenting(
+    job: Job, model: nn.Module, rank: int, world: int, device: torch.device
+) -> tuple[Any, Callable[[int], Iterable[Batch]]]:
+    """What a fine-tuning trains, hooks included, and its batches: labelled slices, and for hooks that ask unlabelled ones."""
+    experiment, split = job.chain.experiment, job.work.split
+    part, unlabelled = experiment.finetune, experiment.unlabelled
+    batches = _batches(job, part, labelled_patients(experiment, split), True, rank, world, device)
+    if not experiment.hooks:
+        return find.load("method", part.name).METHOD(model, part.settings), batches
+    hooks = {hook.name: find.load("hook", hook.name).HOOK(model, hook.settings) for hook in experiment.hooks}
+    method = find.load("method", part.name).METHOD(model, part.settings, hooks, unlabelled)
+    if unlabelled is None:
+        return method, batches
+    assert part.training is not None
+    assert unlabelled.batch is not None
+    feed = dataclasses.replace(part, training=dataclasses.replace(part.training, batch=unlabelled.batch, accumulate=1))
+    others = _batches(job, feed, plan.unlabelled_patients(experiment, split), None, rank, world, device)
+    return method, lambda start: stream.beside(batches(start), others(start))
 
 
 def _start(job: Job, store: Store) -> tuple[Any, list[str]]:

@@ -216,6 +216,15 @@ def node_batches(held: Held, batch: int, *, seed: int, start: int = 0, rank: int
     return map(held.take, indices(len(held), batch, seed=seed, start=start, rank=rank, world=world))
 
 
+def beside(labelled: Iterable[Batch], unlabelled: Iterable[Batch]) -> Iterator[Batch]:
+    """Two streams as one, for semi-supervised training: each at its own pace, and of the second its images alone.
+
+    Both know where they stand from the step, and so does what they make.
+    """
+    for ours, theirs in zip(labelled, unlabelled, strict=False):
+        yield {**ours, "unlabelled_image": theirs["image"], "unlabelled_size": theirs["size"]}
+
+
 # The set that does not fit
 
 

@@ -14,7 +14,17 @@ from typing import Any
 
 QUESTION = "Which pretraining method makes the best segmentation, and does any beat training from scratch?"
 CONTROL = "from scratch"
-METHODS = ("barlow_twins", "byol", "dino", "mae", "moco", "simclr", "simsiam", "vicreg")  # a test holds them against methods/
+METHODS = (
+    "barlow_twins",
+    "byol",
+    "dino",
+    "global_contrast",
+    "mae",
+    "moco",
+    "simclr",
+    "simsiam",
+    "vicreg",
+)  # a test holds them against methods/
 
 
 def arms() -> dict[str, dict[str, Any]]:

@@ -406,3 +406,66 @@ def test_budgets_beyond_the_data_and_arms_over_again_are_left_out_and_said(typed
     assert (code, "that is what label-fraction varies" in error) == (2, True)
     code, _, error = typed("sweep", "pretraining", "--data", root, "--dry-run", "-o", "data.labelled=9")
     assert (code, "data.labelled=9" in error) == (2, True), "what was asked for by hand is refused, not left out"
+
+
+HOOKED = [
+    "--hook", "mean-teacher", "--hook", "consistency", "-o", "hooks.mean_teacher.weight=5", "-o", "unlabelled.batch=6",
+    "-o", "data.labelled=1", "-o", "network.norm=batch",
+]  # fmt: skip
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.slow
+def test_two_hooks_fine_tune_on_few_labels_and_a_kill_in_between_changes_nothing(typed, tmp_path, monkeypatch):
+    from medssl.platform import checkpoint
+
+    root, runs = decathlon(tmp_path / "blobs", patients=6), (tmp_path / "runs", tmp_path / "other")
+    words = ["finetune", "--data", root, *TINY, *HOOKED, "-o", "resources.checkpoint_seconds=0"]
+    assert typed("data", "prepare", root)[0] == 0
+    code, out, error = typed(*words)
+    assert code == 0, error
+    run = stage_of(out)
+
+    save, saved = checkpoint.save, []
+
+    def dying(file: Path, state: checkpoint.State) -> None:
+        save(file, state)
+        if file.name == "checkpoint.pt" and 0 < state["step"] < 200:
+            saved.append(state["step"])
+            raise Killed
+
+    monkeypatch.setenv("MEDSSL_RUNS", str(runs[1]))
+    monkeypatch.setattr(checkpoint, "save", dying)
+    with pytest.raises(Killed):
+        typed(*words)
+    monkeypatch.setattr(checkpoint, "save", save)
+    code, out, error = typed(*words)
+    assert code == 0, error
+    assert stage_of(out) == run
+    assert saved
+
+    kept = [checkpoint.load(folder / "stages" / run / "best.pt") for folder in runs]
+    assert checkpoint.digest(kept[0]) == checkpoint.digest(kept[1])
+    done = [json.loads((folder / "stages" / run / "done.json").read_text()) for folder in runs]
+    assert done[0]["losses"].keys() == {"dice", "cross_entropy", "mean_teacher/mse", "consistency/mse"}
+    assert (done[0]["validation"], done[0]["test"]) == (done[1]["validation"], done[1]["test"])
+    assert done[0]["test"] > 0.8, "a bright blob is easily found"
+
+    config = json.loads((runs[0] / "stages" / run / "run.json").read_text())["config"]
+    assert config["hooks"]["mean_teacher"]["weight"] == 5
+    assert config["unlabelled"]["batch"] == 6
+    code, out, error = typed("evaluate", run, "--pictures", tmp_path)  # a teacher's weights are a network's
+    assert code == 0, error
+
+
+def test_a_hook_without_unlabelled_patients_is_refused(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    code, _, error = typed("finetune", "--data", root, *SHORT, "--hook", "entropy-minimisation")
+    assert code == 2
+    assert "beyond data.labelled" in error
+    code, _, error = typed("finetune", "--data", root, *SHORT, "--hook", "entropy-minimization")
+    assert code == 2
+    assert "did you mean entropy_minimisation?" in error

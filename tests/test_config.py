@@ -60,6 +60,16 @@ def test_defaults_are_those_of_the_files_themselves():
         ({"seed": "one"}, r"seed: expected a whole number"),
         ({"pretrain": 3}, r"pretrain: expected a mapping with a name"),
         ({"finetune": {"training": 3}}, r"finetune.training: expected a mapping"),
+        ({"hooks": {"mean_taecher": {}}}, r'no hook "mean_taecher" in methods/hooks/; .*did you mean mean_teacher\?'),
+        ({"hooks": {"mean-teacher": {"wieght": 1}}}, r'unknown key "hooks.mean_teacher.wieght"; did you mean weight\?'),
+        ({"hooks": {"consistency": {"weight": -1}}}, r"hooks.consistency: weight is -1"),
+        ({"hooks": {"consistency": {"distance": "l1"}}}, r"hooks.consistency.distance: .*'mse' or 'kl'"),
+        ({"hooks": {"consistency": 3}}, r"hooks.consistency: expected a mapping"),
+        ({"hooks": 3}, r"hooks: expected names with their settings"),
+        ({"hook": {"consistency": {}}}, r'unknown section "hook"; did you mean hooks\?'),
+        ({"hooks": ["mean-teacher", "uncertainty-mean-teacher"]}, r"each bring the network that predicts; choose one"),
+        ({"unlabelled": {"batch": 0}}, r"unlabelled: batch is 0"),
+        ({"unlabelled": {"bacth": 1}}, r'unknown key "unlabelled.bacth"; did you mean batch\?'),
     ],
 )
 def test_what_is_wrong_is_named_with_what_was_expected(tree, message):
@@ -108,3 +118,24 @@ def test_a_data_sets_defaults_lie_under_what_is_typed_and_apply_where_the_method
     assert config.build(config.suited(defaults, {"pretrain": None})).data.labelled == 2
     with pytest.raises(UsageError, match="unknown key"):
         config.build(config.suited(defaults, config.nested({"pretrain.name": "byol", "pretrain.bottleneck": 2})))
+
+
+def test_hooks_are_stacked_by_name_however_they_are_typed():
+    tree = config.stack(
+        [
+            {"hooks": ["consistency", "mean-teacher"]},
+            {"hooks": {"mean_teacher": {"weight": 5}}},
+            config.nested({"hooks.mean-teacher.momentum": 0.9, "unlabelled.batch": 4}),
+        ]
+    )
+    experiment = config.build(tree)
+    assert [hook.name for hook in experiment.hooks] == ["consistency", "mean_teacher"]
+    teacher = experiment.hooks[1].settings
+    assert (teacher.weight, teacher.momentum, experiment.unlabelled.batch) == (5, 0.9, 4)
+    assert config.build(experiment.tree()) == experiment
+
+
+def test_null_switches_a_hook_off_and_without_hooks_nothing_is_said_of_them():
+    off = build(hooks__consistency=None, unlabelled__batch=3)
+    assert off == build(hooks=None) == build()
+    assert not off.tree().keys() & {"hooks", "unlabelled"}

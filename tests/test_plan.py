@@ -296,3 +296,64 @@ def test_labelled_slices_decide_fine_tunings_and_their_steps():
     assert few[0] == more[0] == ids()[0]
     assert not set(few[1:]) & set(more[1:])
     assert resolved(data__labelled_slices=16, finetune__training__epochs=8).finetune.training.steps == 8 * 16 / 32
+
+
+IDS_BEFORE_HOOKS = ["simsiam-ddfe54999250", "segment-e1c7e084d7cf"]
+HOOKED = {"data__labelled": 1, "hooks__mean_teacher__weight": 5.0}
+
+
+def test_ids_from_before_there_were_hooks_stay():
+    """Written down before hooks came: without one, a finished stage is found again."""
+    assert ids(m=1) == IDS_BEFORE_HOOKS
+    assert ids(hooks__consistency=None, unlabelled__batch=4) == ids()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hooks__mean_teacher__weight": 6.0},
+        {"hooks__mean_teacher__momentum": 0.9},
+        {"hooks__consistency": {}},
+        {"hooks__mean_teacher": None},
+        {"unlabelled__batch": 4},
+        {"unlabelled__zoom_p": 0.0},
+    ],
+    ids=str,
+)
+def test_hooks_and_how_they_are_fed_decide_a_fine_tuning_and_not_its_pretraining(change):
+    before, after = ids(**HOOKED), ids(**HOOKED | change)
+    assert before[0] == after[0]
+    assert not set(before[1:]) & set(after[1:])
+
+
+def test_hooks_learn_from_the_training_patients_beyond_the_labelled_ones():
+    experiment = resolved(**HOOKED)
+    assert plan.labelled_patients(experiment, SPLIT) == ("p2",)
+    assert plan.unlabelled_patients(experiment, SPLIT) == ("p0", "p1")
+    assert experiment.unlabelled.batch == experiment.finetune.training.batch
+    text = plan.describe({"arm": resolved(**HOOKED | {"unlabelled__batch": 6})}, 1, 1, store(), SPLIT, set())
+    assert " + mean_teacher, 6 unlabelled slices, 1 labelled patients" in text
+
+
+def test_a_hook_that_learns_from_labelled_slices_only_needs_no_others():
+    labelled_only = {"data__labelled": None, "hooks__pdcr__weight": 2.0}
+    experiment = resolved(**labelled_only)
+    assert not plan.unlabelled_patients(experiment, SPLIT)
+    assert experiment.unlabelled is None
+    assert ids(**labelled_only)[1:] == ids(**labelled_only, unlabelled__batch=4)[1:] != ids()[1:]
+    assert resolved(**HOOKED | {"hooks__pdcr": {}}).unlabelled is not None
+    text = plan.describe({"arm": experiment}, 1, 1, store(), SPLIT, set())
+    assert " + pdcr" in text
+    assert "unlabelled" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data__labelled": None}, r"hooks \(mean_teacher\) learn from .* beyond data.labelled, .* none left; set .* below 3"),
+        ({"unlabelled__batch": 3, "resources__workers": 2}, r"unlabelled.batch=3 cannot be shared .* a multiple of 2"),
+    ],
+)
+def test_hooks_that_cannot_be_fed_are_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        resolved(**HOOKED | change)

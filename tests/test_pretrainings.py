@@ -44,9 +44,20 @@ def left(site: Site, stage: str, losses: list[tuple[int, float, float]], **done:
 def test_a_row_holds_what_a_pretraining_left(site):
     left(site, "byol-1", [(1, 2.0, 3.0), (40, 8.0, 2.0), (91, 12.0, 0.5)], probe=[BEFORE, AFTER])
     (row,) = pretrainings.rows(site, [chain("from scratch", None), chain("byol", "byol-1")])
+    first = pytest.approx((4.0 + 3.0 * 8.1) / 9.1)  # a tenth of 91 steps: the first report is of one of them
     assert row == Row(
-        "byol", 0, "byol", "byol-1", "finished", 90, 4.0, 1.5, 0.2, 0.9, None, 0.40, 0.55, 0.60, 0.70, 5.0, 9.0, 9.0
+        "byol", 0, "byol", "byol-1", "finished", 90, first, 1.5, 0.2, 0.9, None, 0.40, 0.55, 0.60, 0.70, 5.0, 9.0, 9.0
     )
+
+
+def test_loss_is_the_mean_over_the_first_and_the_last_tenth_of_the_steps(site):
+    """Brute force: give every step its report's loss (steps 1, 2-15, 16-92, 93-100), and average ten of them."""
+    reports = [(1, 1.0, 1.0), (15, 2.0, 5.0), (92, 3.0, 7.0), (100, 4.0, 4.0)]
+    left(site, "moco-1", reports)
+    (row,) = pretrainings.rows(site, [chain("moco", "moco-1")])
+    steps = [1.0] + [5.0] * 14 + [7.0] * 77 + [4.0] * 8
+    assert row.first_loss == pytest.approx(sum(steps[:10]) / 10 + 1), "loss/b adds 1"
+    assert row.last_loss == pytest.approx(sum(steps[-10:]) / 10 + 1)
 
 
 def test_a_shared_pretraining_has_one_row_and_an_unfinished_one_no_numbers(site):

@@ -171,7 +171,10 @@ def test_a_method_without_a_temperature_is_refused():
         built({"pretrain.name": "byol", **space.arms()["0.1"]}, space)
 
 
-@pytest.mark.parametrize(("name", "network"), [("methods", "unet"), ("methods-vit", "unetr")])
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [("methods", "unet"), ("methods-vit", "unetr"), ("methods-short", "unet"), ("methods-short-vit", "unetr")],
+)
 def test_every_pretraining_method_that_can_train_the_network_is_an_arm(name, network):
     encoders = {method: find.constant("method", method, "ENCODERS", ()) for method in find.names("method")}
     able = {
@@ -191,3 +194,19 @@ def test_the_default_weights_are_an_arm_of_their_space():
     assert built(vicreg.arms()["25 : 25 : 1"], vicreg).pretrain == built({"pretrain.name": "vicreg"}, vicreg).pretrain
     segmentation = find.load("space", "segmentation-weights")
     assert built(segmentation.arms()[segmentation.CONTROL], segmentation).finetune == built({}, segmentation).finetune
+
+
+def test_semi_supervised_arms_differ_from_their_control_in_hooks_alone():
+    space, chains = find.load("space", "semi-supervised"), finetunings("semi-supervised")
+    assert {hook for stack in space.STACKS.values() for hook in stack} == set(find.names("hook")), "a hook is in no arm"
+    for label, control in space.COMPARE.items():
+        ours, theirs = chains[label].experiment, chains[control].experiment
+        stack = label.partition(",")[0]
+        assert {hook.name: hook.settings.weight for hook in ours.hooks} == space.STACKS[stack]
+        assert all(hook.settings == find.settings("hook", hook.name)() for hook in ours.hooks), "weights are the files' own"
+        tree = {key: value for key, value in ours.tree().items() if key not in ("hooks", "unlabelled")}
+        assert tree == theirs.tree()
+        assert (chains[label].finetunings[0].id == chains[control].finetunings[0].id) == (label == control)
+    typed = config.nested({"hooks.mean_teacher.weight": 3.0})
+    settings = space.arms()["supervised, 2"]
+    assert not config.build(config.stack([typed, config.nested(settings)])).hooks

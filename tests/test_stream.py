@@ -302,3 +302,25 @@ def test_ray_data_reads_while_training_holds_every_cpu(ray_local: None, store: S
     here = [index for step in first(stream.ray_batches(store, None, None, 4, seed=0), 3) for index in step]
     assert ray.get(training.step.remote(store.root), timeout=60) == here
     ray.kill(training)
+
+
+def test_labelled_and_unlabelled_streams_run_at_their_own_pace_and_from_any_step(store):
+    """Equal to what the two streams give alone; labels of the second do not travel."""
+    every = Slices.read(store)
+    ours, theirs = every.select(["a"], labelled=True), every.select(["b", "c", "d"])
+
+    def joint(start: int) -> list[Batch]:
+        streams = (stream.node_batches(held, size, seed=1, start=start) for held, size in ((ours, 2), (theirs, 3)))
+        return list(itertools.islice(stream.beside(*streams), 20 - start))
+
+    whole = joint(0)
+    for batch, again in zip(whole[13:], joint(13), strict=True):
+        assert batch.keys() == again.keys()
+        assert all(torch.equal(batch[key], again[key]) for key in batch)
+    for batch, own, other in zip(
+        whole, stream.node_batches(ours, 2, seed=1), stream.node_batches(theirs, 3, seed=1), strict=False
+    ):
+        assert all(torch.equal(batch[key], own[key]) for key in own)
+        assert batch.keys() - own.keys() == {"unlabelled_image", "unlabelled_size"}
+        assert torch.equal(batch["unlabelled_image"], other["image"])
+        assert torch.equal(batch["unlabelled_size"], other["size"])

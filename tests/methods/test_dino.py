@@ -32,6 +32,7 @@ from medssl.methods.networks import unet, unetr
 from medssl.methods.optimizers import build, hold
 from medssl.methods.protocol import Step, Views
 from medssl.methods.settings import Training
+from medssl.methods.teacher import cosine_distance, cosine_momentum
 
 STEP = Step(0, 10)
 LOCAL = 3
@@ -161,8 +162,21 @@ def test_the_index_is_0_for_targets_apart_1_for_uniform_or_equal_ones_and_betwee
     assert values == pytest.approx([0, 1, 1, 2 / 3], abs=1e-6)
     subject = moved(method())
     one = Views([x[:1].expand(4, -1, -1, -1) for x in [drawn().images[0]] * 2])
-    assert float(subject.loss(one, STEP).monitors["collapse"]) == pytest.approx(1, abs=1e-5)
-    assert float(subject.loss(drawn(), STEP).monitors["collapse"]) < 0.97
+    late = Step(300, 100_000)  # for the teacher, not for its temperature
+    assert float(subject.loss(one, late).monitors["collapse"]) == pytest.approx(1, abs=1e-5)
+    assert float(subject.loss(drawn(), late).monitors["collapse"]) < 0.97
+
+
+def test_nothing_is_called_a_collapse_before_the_teacher_could_have_arrived_once():
+    """50 steps at 0.996 move it by a tenth of the way: its targets are those of a random network."""
+    subject = moved(method(momentum=0.996))
+    travelled = [
+        sum(1 - cosine_momentum(0.996, Step(k, total)) for k in range(index)) for index, total in ((49, 50), (600, 2000))
+    ]
+    assert travelled == pytest.approx([cosine_distance(0.996, Step(49, 50)), cosine_distance(0.996, Step(600, 2000))], rel=0.03)
+    assert travelled[0] < 1 < travelled[1]
+    assert math.isnan(float(subject.loss(drawn(), Step(49, 50)).monitors["collapse"]))
+    assert math.isfinite(float(subject.loss(drawn(), Step(600, 2000)).monitors["collapse"]))
 
 
 # ------------------------------------------------------------------------------------------------------ teacher and centre

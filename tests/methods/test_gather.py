@@ -3,6 +3,7 @@
 The parts are unequal on purpose (5 and 3 slices). This file is also the program of a worker: `test_gather.py RANK FOLDER`.
 """
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from medssl.methods import barlow_twins, gather, global_contrast, local_contrast, mae, pdcr, simclr, vicreg
+from medssl.methods import barlow_twins, gather, global_contrast, local_contrast, mae, simclr, vicreg
+from medssl.methods.augment import Geometry, Pair
+from medssl.methods.hooks import pdcr
 from medssl.methods.networks import unetr
 from medssl.methods.networks.unet import Config, UNet
 from medssl.methods.protocol import UNLABELLED, Step, Views
@@ -84,10 +87,14 @@ def contrasted() -> Whole:
     maps = ("encoder.blocks.0", "encoder.blocks.1")
     settings = {"encoder": maps, "encoder_samples": (8, 4), "decoder": ("decoder.blocks.0",), "decoder_samples": (4,)}
     hook = pdcr.PDCR(network, pdcr.Config(cross=maps, cross_samples=4, cross_stride=2, **settings))
-    method = Segment(network, SegmentConfig(), (hook,))
+    method = Segment(network, SegmentConfig(), {"pdcr": hook})
     images, labels = torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8, 8, 8))
     labels[1, :5] = labels[3] = labels[5:] = UNLABELLED
-    return Whole(method, lambda part: method.loss(Views([images[part]], labels=labels[part]), Step(0, 1)).total)
+
+    def objective(part: slice) -> Tensor:
+        return method.loss(Views([images[part]], labels=labels[part], drawn={"pdcr": {}}), Step(0, 1)).total
+
+    return Whole(method, objective)
 
 
 def paired(method: Callable[[nn.Module], nn.Module]) -> Whole:
@@ -134,6 +141,29 @@ def masked(encoder: nn.Module) -> Whole:
     return Whole(method, lambda part: method.loss(Views([x[part]], masks=[mask[part]]), Step(0, 1)).total)
 
 
+def hooked(*names: str) -> Whole:
+    """Labelled and unlabelled crops shared unequally, some of them beyond their slice; batch norms in network and teachers."""
+    network = UNet(1, 3, Config(width=4, levels=2, norm="batch"))
+    network.head.weight.data.mul_(10)  # sure of something: some hooks wait for that
+    modules = {name: importlib.import_module(f"medssl.methods.hooks.{name}") for name in names}
+    hooks = {name: module.HOOK(network, module.Config(ramp="constant")) for name, module in modules.items()}
+    method = Segment(network, SegmentConfig(side=8, crops=1), hooks)
+    image, size = torch.rand(8, 1, 9, 9), torch.tensor([[9, 9]] * 6 + [[5, 9], [9, 3]])
+    batch = {"image": image, "label": torch.randint(0, 3, (8, 9, 9), dtype=torch.uint8), "size": torch.full((8, 2), 9)}
+    views = method.augment(batch | {"unlabelled_image": image, "unlabelled_size": size}, torch.Generator().manual_seed(0))
+    pair = views.unlabelled
+
+    def share(part: slice) -> Views:
+        geometry = Geometry(**{key: value[part] for key, value in vars(pair.geometry).items()})
+        maps = {key: value[part] for key, value in vars(pair).items() if key != "geometry"}
+        drawn = {name: {key: value[:, part] for key, value in own.items()} for name, own in views.drawn.items()}
+        return Views(
+            [views.images[0][part]], labels=views.labels[part], unlabelled=Pair(**maps, geometry=geometry), drawn=drawn
+        )
+
+    return Whole(method, lambda part: method.loss(share(part), Step(5, 10)).total)
+
+
 CASES: dict[str, Callable[[], Whole]] = {
     "simsiam": simsiam,
     "contrastive": contrastive,
@@ -152,6 +182,11 @@ CASES: dict[str, Callable[[], Whole]] = {
     "pdcr": contrasted,
     "segment, Dice over the batch": lambda: segment("batch"),
     "segment, Jaccard": lambda: segment("batch", "jaccard"),
+    "consistency": lambda: hooked("consistency"),
+    "mean_teacher": lambda: hooked("mean_teacher"),
+    "uncertainty_mean_teacher": lambda: hooked("uncertainty_mean_teacher"),
+    "cross_pseudo_supervision": lambda: hooked("cross_pseudo_supervision"),
+    "three hooks": lambda: hooked("entropy_minimisation", "mean_teacher", "pseudo_label"),
 }
 
 

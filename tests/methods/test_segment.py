@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from medssl.methods import augment, settings
 from medssl.methods.networks.unet import Config as UNetConfig
 from medssl.methods.networks.unet import UNet
-from medssl.methods.protocol import UNLABELLED, Step, Views
-from medssl.methods.segment import Config, Segment, Training, anywhere, cross_entropy, dice_loss, jaccard_loss
+from medssl.methods.protocol import UNLABELLED, Loss, Step, Views
+from medssl.methods.segment import Config, Pass, Segment, Training, anywhere, cross_entropy, dice_loss, jaccard_loss
 
 STEP = Step(0, 10)
 
@@ -27,9 +28,9 @@ def drawn(*sides: int) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, labels
 
 
-def segment(hooks=(), **settings) -> Segment:
+def segment(hooks=None, **chosen) -> Segment:
     torch.manual_seed(0)
-    return Segment(UNet(1, 3, UNetConfig(width=4, levels=2)), Config(**({"side": 8} | settings)), hooks)
+    return Segment(UNet(1, 3, UNetConfig(width=4, levels=2)), Config(**({"side": 8} | chosen)), hooks)
 
 
 @pytest.mark.parametrize("sides", [(9, 7), (5, 4, 6)])
@@ -234,43 +235,89 @@ def test_crops_anywhere_are_uniform_over_the_corners_that_fit():
     assert not anywhere(torch.tensor([[5, 8]]), 8, rng()).any()
 
 
-class Consistency(nn.Module):
+class Pull(nn.Module):
     """A toy hook with state: pulls the logits to a vector that it learns, and counts its steps."""
 
-    def __init__(self, name: str = "consistency"):
+    predictor = None
+
+    def __init__(self, weight: float = 1.0):
         super().__init__()
-        self.name, self.centre = name, nn.Parameter(torch.zeros(3))
+        self.config, self.centre = settings.Hook(weight=weight), nn.Parameter(torch.zeros(3))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def terms(self, pass_, step):
-        return {self.name: (pass_.logits - self.centre.view(1, -1, 1, 1)).square().mean()}
+    def draw(self, pair, rng):
+        return {"shift": torch.rand((), generator=rng)}
 
-    def after_step(self, step):
+    def terms(self, pass_, drawn, step):
+        far = pass_.image - self.centre.view(1, -1, 1, 1) - drawn["shift"]
+        return Loss({"far": self.config.weight * far.square().mean()}, {"shift": drawn["shift"]})
+
+    def after_step(self, network, step):
         self.steps += 1
 
 
-class Stateless:
-    def terms(self, pass_, step):
-        return {} if step.index == 0 else {"later": pass_.logits.mean()}
-
-    def after_step(self, step):
-        pass
+def joint_batch(n: int = 2) -> dict[str, torch.Tensor]:
+    other = batch(n)
+    return batch() | {"unlabelled_image": other["image"], "unlabelled_size": other["size"]}
 
 
-def test_hooks_add_their_terms_and_their_state_is_saved():
-    method = segment(hooks=(Stateless(), Consistency()))
-    views = method.augment(batch(), rng())
-    assert method.loss(views, STEP).terms.keys() == {"dice", "cross_entropy", "consistency"}
-    assert method.loss(views, Step(1, 10)).terms.keys() == {"dice", "cross_entropy", "consistency", "later"}
+def test_hooks_add_their_terms_and_monitors_under_their_names_and_their_state_is_saved():
+    method = segment(hooks={"pull": Pull()})
+    loss = method.loss(method.augment(joint_batch(), rng()), STEP)
+    assert loss.terms.keys() == {"dice", "cross_entropy", "pull/far"}
+    assert loss.monitors.keys() == {"labelled", "pull/shift"}
     method.after_step(STEP)
     saved = method.state_dict()
-    assert {key: int(value) for key, value in saved.items() if key.endswith("steps")} == {"hook_state.0.steps": 1}
+    assert {key: int(value) for key, value in saved.items() if key.endswith("steps")} == {"hook_state.pull.steps": 1}
     trained = [id(p) for group in method.parameter_groups(0.0) for p in group["params"]]
-    assert id(method.hooks[1].centre) in trained
+    assert id(method.hooks["pull"].centre) in trained
+
+
+def test_a_hook_without_weight_neither_draws_nor_trains():
+    method = segment(hooks={"pull": Pull(weight=0.0)})
+    views = method.augment(batch(), rng())
+    assert method.loss(views, STEP).terms.keys() == {"dice", "cross_entropy"}
+    assert not method.hooks["pull"].centre.requires_grad
+
+
+def test_the_moved_crop_is_the_crop_moved_and_its_valid_pixels_are_those_that_it_shows():
+    """With a chain that changes no intensity, T x = moved; the padding of the slices is valid nowhere."""
+    still = dict.fromkeys(("intensity_scale_p", "intensity_shift_p", "blur_p", "noise_p"), 0.0)
+    method = segment(hooks={"pull": Pull()}, crops=50, **still)
+    method.unlabelled = settings.Unlabelled(zoom_p=1.0, **still)
+    pair = method.augment(joint_batch(), rng()).unlabelled
+    moved = augment.apply_geometry(pair.image, pair.geometry)
+    torch.testing.assert_close(moved, pair.moved)
+    shown = augment.apply_geometry(torch.ones_like(pair.image), pair.geometry, mode="nearest")[:, 0] > 0
+    assert torch.equal(pair.valid, shown)
+    assert not shown.all()
+
+    short = joint_batch() | {"unlabelled_size": torch.tensor([[5, 14], [19, 14]])}
+    method.unlabelled = settings.Unlabelled(zoom_p=0.0, flip_p=0.0, rot90_p=0.0, **still)
+    pair = method.augment(short, rng()).unlabelled
+    assert torch.equal(pair.valid, pair.inside)
+    assert not pair.inside[:50, 5:].any()
+    assert pair.inside[:50, :5].all()
+    assert pair.inside[50:].all()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_pointwise_network_is_equivariant_where_pixels_are_valid(dims):
+    """T f(x) = f(T x) for f without a bias: exactly so without a zoom, and for a linear f with one, too."""
+    still = dict.fromkeys(("intensity_scale_p", "intensity_shift_p", "blur_p", "noise_p"), 0.0)
+    image = torch.rand(40, 1, *(9,) * dims, generator=rng())
+    size = torch.full((40, dims), 9)
+    chain = settings.Chain(zoom_p=0.5, **still)
+    pair = augment.unlabelled_pair(image, size, torch.zeros_like(size), 9, chain, chain, rng())
+    convolution = (nn.Conv2d if dims == 2 else nn.Conv3d)(1, 3, 1, bias=True)
+    pass_ = Pass(convolution, Config(), Views([image]), pair)
+    valid = pair.valid[:, None].expand_as(pass_.moved)
+    torch.testing.assert_close(pass_.move(pass_.image)[valid], pass_.moved[valid])
+    assert not torch.allclose(pass_.move(pass_.image), pass_.moved)  # what a zero fill would have compared
 
 
 def test_the_encoder_is_a_group_of_its_own_rate_and_rest_and_no_other_parameter_is():
-    method = segment(hooks=(Consistency(),), freeze_encoder=0.25, encoder_lr=0.1)
+    method = segment(hooks={"pull": Pull()}, freeze_encoder=0.25, encoder_lr=0.1)
     encoder = set(method.network.encoder.parameters())
     for group in method.parameter_groups(0.1):
         inside = set(group["params"]) <= encoder
@@ -288,14 +335,8 @@ def test_rest_and_rate_of_the_encoder_are_checked():
 
 
 def test_what_fine_tuning_hands_on_is_the_network_without_hooks():
-    method = segment(hooks=(Consistency(),))
+    method = segment(hooks={"pull": Pull()})
     assert method.transferable_state().keys() == method.network.state_dict().keys()
-
-
-def test_two_terms_of_one_name_are_refused():
-    method = segment(hooks=(Consistency("dice"),))
-    with pytest.raises(ValueError, match="two terms are named dice"):
-        method.loss(method.augment(batch(), rng()), STEP)
 
 
 def test_an_unresolved_side_is_refused():

@@ -1,7 +1,7 @@
 """PDCR: hidden features pulled together or pushed apart by how much of each class lies around them.
 
 Pixel-level, distance-aware contrast of "Contrastive and Selective Hidden Embeddings for Medical Image Segmentation",
-IEEE TMI 2022, https://arxiv.org/abs/2201.08779: a hook of `segment.py`. In each image, N cells of a feature map give vectors
+IEEE TMI 2022, https://arxiv.org/abs/2201.08779, from labelled slices only. In each image, N cells of a feature map give vectors
 a_i, and the label around each cell, in a window, gives ratios w_i (k classes, background included):
 
     D_ij = ½ Σ_k |w_i - w_j|   divergence, in [0, 1]: total variation; for two classes the difference of foreground ratios
@@ -24,8 +24,8 @@ transfer: the defaults keep their numbers on the mean, to be searched anew. The 
 In its 3D code D is Σ over the foreground classes, s has the greatest cosine for 1, τ is 0.5, and both weights are 0.01.
 `pdcr` gives those forms too, for known values; training has the one above. Defaults name the maps of `networks/deeplab.py`.
 
-Draws are seeded by the step alone, so that a loss is determined by its views and step; each worker draws the same cells.
-What transfers is the network; the parameters of `cross` belong to the hook. At inference nothing of it runs.
+What is drawn is the seed of the cells (`sampling`). `weight`, with its ramp, is a factor of all terms. What transfers is the
+network; the parameters of `cross` belong to the hook. At inference nothing of it runs.
 """
 
 import math
@@ -41,15 +41,19 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from medssl.methods import gather, receptive
+from medssl.methods import gather, receptive, settings
+from medssl.methods.augment import Pair
 from medssl.methods.gather import JointBatchNorm
-from medssl.methods.protocol import UNLABELLED, Step
+from medssl.methods.protocol import UNLABELLED, Loss, Step
+from medssl.methods.ramps import weight
 from medssl.methods.receptive import Field
-from medssl.methods.segment import Pass
+from medssl.methods.segment import Drawn, Hook, Pass
+
+LABELLED_ONLY = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(settings.Hook):
     encoder: tuple[str, ...] = ("encoder.stem2", "encoder.block1")  # modules of the network; (): no such term
     decoder: tuple[str, ...] = ("decoder.low", "decoder.conv1")
     cross: tuple[str, ...] = ("encoder.stem2", "encoder.block1")  # two or more: each pair of them
@@ -69,6 +73,7 @@ class Config:
     cross_stride: int = 16  # pixels per cell of their common grid
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for term in ("encoder", "decoder"):
             layers, samples = getattr(self, term), getattr(self, f"{term}_samples")
             if len(layers) != len(samples) or not all(n > 1 for n in samples):
@@ -289,15 +294,18 @@ class _Sample:
 
 
 class PDCR(nn.Module):
-    """The hook: adds the terms "pdcr_encoder", "pdcr_decoder" and "pdcr_cross" of a pass of `network`, those that are chosen.
+    """Adds the terms "encoder", "decoder" and "cross" of the labelled crops, those that are chosen.
 
     Insert UAFS into the network first. `remove` takes the hooks off the network again.
     Raises ValueError for modules that the network lacks or whose maps have no stride on the common grid.
     """
 
-    def __init__(self, network: nn.Module, config: Config | None = None):
+    predictor = None
+    labelled_only = LABELLED_ONLY
+
+    def __init__(self, network: nn.Module, config: Config):
         super().__init__()
-        self.config = config = config or Config()
+        self.config = config
         names = list(dict.fromkeys(config.encoder + config.decoder + config.cross))
         self.fields = receptive.fields(network, names)
         if config.ratio == "receptive-field" and (wide := [name for name in names if self.fields[name].everywhere]):
@@ -309,11 +317,19 @@ class PDCR(nn.Module):
     def remove(self) -> None:
         self.taps.remove()
 
-    def terms(self, pass_: Pass, step: Step) -> dict[str, Tensor]:
+    def draw(self, pair: Pair | None, rng: Generator) -> Drawn:
+        """The seed of the cells, () int64; nothing for the stride, which is always the same."""
+        if self.config.sampling == "stride":
+            return {}
+        return {"seed": torch.randint(2**62, (), generator=rng, device=rng.device)}
+
+    def terms(self, pass_: Pass, drawn: Drawn, step: Step) -> Loss:
         """The chosen terms, each a sum over its modules or pairs of modules."""
-        labels = pass_.views.labels
+        labels, factor = pass_.views.labels, weight(self.config, step)
         assert labels is not None  # Segment.loss has seen them
-        return self.contrast(pass_.logits, labels, torch.Generator(labels.device).manual_seed(step.index))
+        rng = torch.Generator(labels.device).manual_seed(int(drawn.get("seed", 0)))
+        terms = self.contrast(pass_.labelled, labels, rng)
+        return Loss({name: factor * term for name, term in terms.items()})
 
     def contrast(self, logits: Tensor, labels: Tensor, rng: Generator) -> dict[str, Tensor]:
         """The terms of the training pass that gave `logits` (n, k, *sides), of crops labelled (n, *sides)."""
@@ -321,20 +337,20 @@ class PDCR(nn.Module):
         sampled = partial(self._sampled, classes=one_hot(labels, logits.shape[1]), rng=rng)
         terms: dict[str, Tensor] = {}
         own = {"encoder": config.encoder_weight, "decoder": config.decoder_weight}
-        for term, weight in own.items():
+        for term, share in own.items():
             layers = zip(getattr(config, term), getattr(config, f"{term}_samples"), strict=True)
             samples = [sampled(features[name], self.fields[name], count) for name, count in layers]
             if samples:
-                terms[f"pdcr_{term}"] = weight * self._contrast([(each, each) for each in samples])
+                terms[term] = share * self._contrast([(each, each) for each in samples])
         if config.cross:
             maps = [adapt(features[name]) for name, adapt in zip(config.cross, self.adapters, strict=True)]
             grids = [on_grid(self.fields[name], config.cross_stride) for name in config.cross]
             samples = [sampled(x, grid, config.cross_samples) for x, grid in zip(maps, grids, strict=True)]
-            terms["pdcr_cross"] = config.cross_weight * self._contrast(list(combinations(samples, 2)))
+            terms["cross"] = config.cross_weight * self._contrast(list(combinations(samples, 2)))
         return terms
 
-    def after_step(self, step: Step) -> None:
-        """Nothing follows."""
+    def after_step(self, network: nn.Module, step: Step) -> None:
+        pass
 
     @torch.no_grad()
     def _chosen(
@@ -378,3 +394,6 @@ def _steps(field: Field, stride: int, name: str = "a map") -> tuple[int, ...]:
     if any(stride % jump for jump in field.stride):
         raise ValueError(f"pdcr: {name} has a stride of {field.stride} pixels, which does not divide cross_stride {stride}")
     return tuple(stride // jump for jump in field.stride)
+
+
+HOOK: type[Hook] = PDCR

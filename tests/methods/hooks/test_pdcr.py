@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from medssl.methods import receptive
+from medssl.methods.hooks.pdcr import PDCR, Config, averaged, divergence, floor, on_grid, one_hot, pdcr, positions, ratios
 from medssl.methods.networks.deeplab import Config as DeepLabConfig
 from medssl.methods.networks.deeplab import DeepLabV3Plus
 from medssl.methods.networks.unet import Config as UNetConfig
 from medssl.methods.networks.unet import UNet
-from medssl.methods.pdcr import PDCR, Config, averaged, divergence, floor, on_grid, one_hot, pdcr, positions, ratios
-from medssl.methods.protocol import UNLABELLED, Step, Views
+from medssl.methods.protocol import UNLABELLED, Loss, Step, Views
 from medssl.methods.receptive import Field
 from medssl.methods.segment import Config as SegmentConfig
 from medssl.methods.segment import Segment
 
-KNOWN = json.loads((Path(__file__).parent / "known_pdcr.json").read_text())
+KNOWN = json.loads((Path(__file__).parents[1] / "known_pdcr.json").read_text())
 STEP = Step(3, 10)
 EXACT = {"rtol": 1e-6, "atol": 1e-9}
 
@@ -382,14 +382,15 @@ def hooked(dims: int = 2, classes: int = 3, **settings) -> tuple[Segment, PDCR]:
     torch.manual_seed(0)
     network = UNet(1, classes, UNetConfig(width=4, levels=2, spatial_dims=dims))
     hook = PDCR(network, Config(**(SMALL | settings)))
-    return Segment(network, SegmentConfig(side=16), (hook,)), hook
+    return Segment(network, SegmentConfig(side=16), {"pdcr": hook}), hook
 
 
-def views(sides: tuple[int, ...] = (20, 28), classes: int = 3) -> Views:
+def views(sides: tuple[int, ...] = (20, 28), classes: int = 3, seed: int = 0) -> Views:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, classes, (2, *sides), generator=generator)
     labels[0, :9] = UNLABELLED
-    return Views([torch.rand(2, 1, *sides, generator=generator)], labels=labels)
+    drawn = {"pdcr": {"seed": torch.tensor(seed)}}
+    return Views([torch.rand(2, 1, *sides, generator=generator)], labels=labels, drawn=drawn)
 
 
 @pytest.mark.parametrize("sampling", ["stride", "random", "class-balanced", "boundary"])
@@ -398,19 +399,19 @@ def views(sides: tuple[int, ...] = (20, 28), classes: int = 3) -> Views:
 def test_terms_are_finite_on_sides_that_differ_and_reach_network_and_adapters(sampling, ratio, sides):
     method, hook = hooked(len(sides), sampling=sampling, ratio=ratio)
     loss = method.loss(views(sides), STEP)
-    assert {"pdcr_encoder", "pdcr_decoder", "pdcr_cross"} < loss.terms.keys()
+    assert {"pdcr/encoder", "pdcr/decoder", "pdcr/cross"} < loss.terms.keys()
     sum(term for name, term in loss.terms.items() if name.startswith("pdcr")).backward()
     reached = [p.grad for p in [*method.network.encoder.parameters(), *hook.parameters()]]
     assert all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in reached)
 
 
-def test_a_loss_is_determined_by_views_and_step():
+def test_a_loss_is_determined_by_its_views():
     method, _ = hooked(sampling="random")
     torch.manual_seed(1)
-    first = method.loss(views(), STEP).terms["pdcr_encoder"]
+    first = method.loss(views(), STEP).terms["pdcr/encoder"]
     torch.manual_seed(2)
-    assert torch.equal(first, method.loss(views(), STEP).terms["pdcr_encoder"])
-    assert not torch.equal(first, method.loss(views(), Step(4, 10)).terms["pdcr_encoder"])
+    assert torch.equal(first, method.loss(views(), STEP).terms["pdcr/encoder"])
+    assert not torch.equal(first, method.loss(views(seed=1), STEP).terms["pdcr/encoder"])
 
 
 def test_a_batch_without_labels_has_terms_of_zero():
@@ -444,7 +445,7 @@ def test_the_encoder_term_is_the_loss_of_features_and_labels_taken_by_hand():
         encoder_weight=0.5,
     )
     drawn = views((8, 12))
-    term = method.loss(drawn, STEP).terms["pdcr_encoder"]
+    term = method.loss(drawn, STEP).terms["pdcr/encoder"]
     x = method.network.encoder(drawn.images[0])[1]  # 4 x 6 cells of two pixels: the patch begins 1 pixel above each
     w = torch.zeros(2, 3, 4)
     places = [(0, 0), (1, 0), (2, 0), (3, 0)]  # 24 // 4 = 6 cells apart
@@ -486,27 +487,26 @@ def test_a_second_pass_within_a_step_does_not_disturb_the_first():
     """Another hook may run the network again before this one is asked."""
 
     class Again:
-        def terms(self, pass_, step):
-            return {"again": method.network(torch.zeros_like(pass_.views.images[0])).mean()}
-
-        def after_step(self, step):
-            pass
+        def terms(self, pass_, drawn, step):
+            return Loss({"again": method.network(torch.zeros_like(pass_.views.images[0])).mean()})
 
     method, hook = hooked()
-    alone = method.loss(views(), STEP).terms["pdcr_encoder"]
-    method.hooks = (Again(), hook)
-    assert torch.equal(method.loss(views(), STEP).terms["pdcr_encoder"], alone)
+    alone = method.loss(views(), STEP).terms["pdcr/encoder"]
+    method.active = {"again": Again(), "pdcr": hook}
+    drawn = views()
+    drawn.drawn["again"] = {}
+    assert torch.equal(method.loss(drawn, STEP).terms["pdcr/encoder"], alone)
 
 
 def test_a_copy_of_the_network_is_not_tapped():
     """As teachers and second networks are made, which may train too."""
     method, hook = hooked()
-    alone = method.loss(views(), STEP).terms["pdcr_encoder"]
+    alone = method.loss(views(), STEP).terms["pdcr/encoder"]
     other = copy.deepcopy(method.network)
     logits = method.network(views().images[0])
     assert other(views().images[0]).requires_grad
     assert len(hook.taps.passes) == 1
-    assert torch.equal(hook.contrast(logits, views().labels, torch.Generator().manual_seed(3))["pdcr_encoder"], alone)
+    assert torch.equal(hook.contrast(logits, views().labels, torch.Generator().manual_seed(0))["encoder"], alone)
 
 
 def test_after_removal_the_network_is_as_it_was():
@@ -521,7 +521,7 @@ def test_after_removal_the_network_is_as_it_was():
 def test_state_of_the_hook_is_its_adapters_and_saved():
     method, hook = hooked()
     assert sum(p.numel() for p in hook.parameters()) == 4 * 4 * 16 + 8 * 4 * 4 + 4 * 4
-    assert any(key.startswith("hook_state.0.adapters.0.0") for key in method.state_dict())
+    assert any(key.startswith("hook_state.pdcr.adapters.0.0") for key in method.state_dict())
     assert not list(hooked(cross=())[1].parameters())
 
 
@@ -529,13 +529,13 @@ def test_features_that_see_everything_have_no_window_of_their_own():
     network = DeepLabV3Plus(1, 2, DeepLabConfig(width=4))
     with pytest.raises(ValueError, match=r"decoder\.conv1 see the whole image"):
         PDCR(network, Config(ratio="receptive-field"))
-    assert PDCR(network).fields["decoder.conv1"].centre == (0.0, 0.0)
+    assert PDCR(network, Config()).fields["decoder.conv1"].centre == (0.0, 0.0)
 
 
 def test_defaults_run_on_deeplab():
     torch.manual_seed(0)
     network = DeepLabV3Plus(1, 2, DeepLabConfig(width=4))
-    method = Segment(network, SegmentConfig(side=96), (PDCR(network),))
+    method = Segment(network, SegmentConfig(side=96), {"pdcr": PDCR(network, Config())})
     loss = method.loss(views((96, 112), 2), STEP)
     assert loss.total.isfinite()
     loss.total.backward()
