@@ -469,3 +469,17 @@ def test_a_hook_without_unlabelled_patients_is_refused(typed, tmp_path):
     code, _, error = typed("finetune", "--data", root, *SHORT, "--hook", "entropy-minimization")
     assert code == 2
     assert "did you mean entropy_minimisation?" in error
+
+
+def test_a_hook_that_learns_from_labelled_slices_only_runs_without_others(typed, tmp_path):
+    root, maps = decathlon(tmp_path / "blobs"), "['encoder.blocks.0', 'encoder.blocks.1']"
+    small = {"encoder": maps, "encoder_samples": "[16, 8]", "decoder": "['decoder.blocks.0']", "decoder_samples": "[8]"}
+    small |= {"cross": maps, "cross_samples": 8, "cross_stride": 4, "sampling": "random"}
+    words = [word for key, value in small.items() for word in ("-o", f"hooks.pdcr.{key}={value}")]
+    assert typed("data", "prepare", root)[0] == 0
+    code, out, error = typed("finetune", "--data", root, *SHORT, "--hook", "pdcr", *words)
+    assert code == 0, error
+    folder = tmp_path / "runs" / "stages" / stage_of(out)
+    losses = json.loads((folder / "done.json").read_text())["losses"]
+    assert losses.keys() == {"dice", "cross_entropy", "pdcr/encoder", "pdcr/decoder", "pdcr/cross"}
+    assert not json.loads((folder / "run.json").read_text())["config"]["unlabelled"]
