@@ -298,13 +298,11 @@ def test_labelled_slices_decide_fine_tunings_and_their_steps():
     assert resolved(data__labelled_slices=16, finetune__training__epochs=8).finetune.training.steps == 8 * 16 / 32
 
 
-IDS_BEFORE_HOOKS = ["simsiam-ddfe54999250", "segment-e1c7e084d7cf"]
 HOOKED = {"data__labelled": 1, "hooks__mean_teacher__weight": 5.0}
 
 
-def test_ids_from_before_there_were_hooks_stay():
-    """Written down before hooks came: without one, a finished stage is found again."""
-    assert ids(m=1) == IDS_BEFORE_HOOKS
+def test_without_hooks_nothing_about_them_enters_an_id():
+    assert not {"hooks", "unlabelled"} & resolved(unlabelled__batch=4).tree().keys()
     assert ids(hooks__consistency=None, unlabelled__batch=4) == ids()
 
 
