@@ -254,8 +254,8 @@ def test_safetensors_hold_what_was_trained_and_its_card(runs, network, kind):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     from safetensors import safe_open
 
-    small = {"unet": {"width": 4, "levels": 3}, "unetr": VIT, "swin_unetr": SWIN, "resnet_unet": {"layers": 18}}[network]
-    run, ours = runs.finished(network, kind, **small)
+    small = {"unet": {"width": 4, "levels": 3}, "unetr": VIT, "swin_unetr": SWIN, "resnet_unet": {"layers": 18}}
+    run, ours = runs.finished(network, kind, **small.get(network, {"width": 8}))
     path, lines = exported(run, "safetensors")
     found: dict[str, Any] = {}
     exec("\n".join(lines), found)
