@@ -190,8 +190,9 @@ def test_a_collapsed_pretraining_ends_at_the_window_that_shows_it() -> None:
     assert loop.train(collapsing(0), batches, lenient, steps=400, seed=0).status == "finished"
 
 
-def test_the_stop_rule_continues_with_the_run() -> None:
+def test_the_stop_rule_continues_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of a window, a run collapses at the step at which it would have; and then stays collapsed."""
+    monkeypatch.setattr(loop, "SAVING", math.inf)  # save after every step, whatever it costs
     states: list[Any] = []
 
     def stop(step: int, *_: Any) -> None:

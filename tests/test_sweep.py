@@ -40,8 +40,8 @@ SMALL = {
 def scans(tmp_path_factory) -> Path:
     """A prepared folder of ten small phantoms, in a data folder of its own."""
     data = tmp_path_factory.mktemp("data")
-    phantom.generate(tmp_path_factory.mktemp("scans") / "tiny", patients=10)
-    source = next(tmp_path_factory.getbasetemp().glob("scans*/tiny"))
+    source = tmp_path_factory.mktemp("scans") / "tiny"
+    phantom.generate(source, patients=10)
     previous = os.environ.get("MEDSSL_DATA")
     os.environ["MEDSSL_DATA"] = str(data)
     catalogue.prepare(str(source), changes={"spacing_mm": (6.0, 6.0, 12.0), "pad": 32}, workers=2, say=lambda text: None)
