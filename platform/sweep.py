@@ -307,9 +307,9 @@ def dry_run(
         text += f"\nconfirm  {sweep.confirm} fresh pretrainings of the two leading arms and of each control"
     chains = [plan.chain(label, n, sweep.m, one, store, split) for n in range(sweep.k) for label, one in arms.items()][:most]
     # arms that a search will ask for, leading arms, controls again: as many chains, of indices that no arm has
-    usual = plan.resolve(sweep.experiment({}), store, split)
-    more = (0 if grid is not None else sweep.k * request.trials) + 2 * sweep.confirm
-    chains += [plan.chain("searched", FRESH + n, sweep.m, usual, store, split) for n in range(more)]
+    if more := (0 if grid is not None else sweep.k * request.trials) + 2 * sweep.confirm:
+        usual = plan.resolve(sweep.experiment({}), store, split)
+        chains += [plan.chain("searched", FRESH + n, sweep.m, usual, store, split) for n in range(more)]
     again = [(label, FRESH + n) for label in controls for n in range(sweep.confirm)]
     chains += [plan.chain(label, n, sweep.m, arms[label], store, split) for label, n in again]
     rivals = sum(sweep.compare.get(label, sweep.control) != label for label in arms)
@@ -539,8 +539,9 @@ def _fit(
         confirm=sweep.confirm,
         refuse=lambda settings: plan.resolve(sweep.experiment(settings), store, split),
     )
-    pretrain = plan.resolve(shared_by_all, store, split).pretrain
-    probing = sweep.search != "grid" and pretrain is not None and getattr(pretrain.training, "probes", 0) > 0
+    # a grid need not hold the shared settings as they are, nor do they need to suit the data
+    pretrain = plan.resolve(shared_by_all, store, split).pretrain if sweep.search != "grid" else None
+    probing = pretrain is not None and getattr(pretrain.training, "probes", 0) > 0
     share, at_once = _share(resources, ray.cluster_resources())
     meter.places(at_once)
     shared = ray.remote(num_cpus=1)(_arrays).remote(sweep.store, sweep.split)
