@@ -10,12 +10,14 @@ j being the map's stride, and for the next map
 
 It is read off one forward pass with tensors that have shapes and no values, so that any network whose maps are convolved,
 pooled, padded, joined and up-sampled is understood from its code; norms count as acting on single pixels. What is pooled
-over all of the image is noted (`everywhere`), and otherwise left out. Linear up-sampling counts two whole cells.
+over all of the image is noted (`everywhere`), and otherwise left out; so is attention, be it within windows that shift from block
+to block. Linear up-sampling counts two whole cells.
 """
 
+import contextlib
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,12 +74,18 @@ class Field:
         centre = tuple(c + p * j for c, p, j in zip(self.centre, place, stride, strict=True))
         return replace(self, stride=stride, low=tuple(low), high=tuple(high), centre=centre)
 
-    def joined(self, other: "Field") -> "Field":
-        if self.stride != other.stride:
-            raise ValueError(f"receptive fields: maps of strides {self.stride} and {other.stride} are joined")
-        low, high = map(min, self.low, other.low), map(max, self.high, other.high)
-        local = min(self, other, key=lambda field: field.size)  # the skip, not what came back from below
-        return replace(local, low=tuple(low), high=tuple(high), everywhere=self.everywhere or other.everywhere)
+    @classmethod
+    def joined(cls, fields: Sequence["Field"]) -> "Field":
+        """What the cells see of several maps together; they lie where the one that sees least has them."""
+        first = fields[0]
+        if other := next((field for field in fields if field.stride != first.stride), None):
+            raise ValueError(f"receptive fields: maps of strides {first.stride} and {other.stride} are joined")
+        low, high = (tuple(map(end, *(getattr(field, name) for field in fields))) for end, name in ((min, "low"), (max, "high")))
+        least = min(field.size for field in fields)
+        local = [field for field in fields if field.size == least]  # the skip, not what came back from below
+        centre = tuple(sum(places) / len(local) for places in zip(*(field.centre for field in local), strict=True))
+        everywhere = any(field.everywhere for field in fields)
+        return replace(local[0], low=low, high=high, centre=centre, everywhere=everywhere)
 
 
 def fields(network: nn.Module, names: Iterable[str]) -> dict[str, Field]:
@@ -86,11 +94,45 @@ def fields(network: nn.Module, names: Iterable[str]) -> dict[str, Field]:
     Raises ValueError for a name that does not exist, does not run, or gives no map of the image.
     """
     modules = named(network, names)
+    found = _followed(network, modules)
+    return {name: _checked(name, *found.get(name, (None, None))) for name in modules}
+
+
+def maps(network: nn.Module) -> dict[str, Field]:
+    """The fields of all maps that the outer modules of encoder and decoder return, in the order in which they are made.
+
+    Outer are the children of the network's parts, or what their lists hold; the parts without children, such as a head, and
+    what gives no map are left out.
+    """
+    names = [name for part, module in network.named_children() if part != "head" for name in _outer(part, module)]
+    found = {}
+    for name, seen in _followed(network, named(network, names)).items():
+        with contextlib.suppress(ValueError):
+            found[name] = _checked(name, *seen)
+    return found
+
+
+def _outer(name: str, module: nn.Module, depth: int = 0) -> Iterator[str]:
+    if depth and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        yield name
+        return
+    for own, child in module.named_children():
+        if own != "gate":  # the head of UAFS is not a map of the network
+            yield from _outer(f"{name}.{own}", child, depth + 1)
+
+
+def listed(found: Mapping[str, Field]) -> str:
+    """Modules with the resolution of their maps, for an error."""
+    return ", ".join(f"{name} (1/{'x'.join(map(str, sorted(set(field.stride))))})" for name, field in found.items())
+
+
+def _followed(network: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, tuple[Field | None, Any]]:
+    """What these modules return in one pass, with its field, in the order of the pass."""
     first = next((m for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
     if first is None:
         raise ValueError(f"receptive fields: the network {type(network).__name__} has no convolution to start from")
     image = torch.empty(1, first.in_channels, *[PROBE] * (first.weight.dim() - 2), device="meta")
-    trace, found = _Trace(image), {}
+    trace, found = _Trace(image), dict[str, tuple[Field | None, Any]]()
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -110,7 +152,7 @@ def fields(network: nn.Module, names: Iterable[str]) -> dict[str, Field]:
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    return {name: _checked(name, *found.get(name, (None, None))) for name in modules}
+    return found
 
 
 def named(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -163,10 +205,7 @@ class _Trace(TorchFunctionMode):
         out = func(*args, **kwargs)
         if given and isinstance(out, Tensor):
             local = [field for field in before if field is not None]
-            field = local[0] if local else None
-            for other in local[1:]:
-                assert field is not None
-                field = field.joined(other)
+            field = local[0] if len(local) == 1 else Field.joined(local) if local else None
             if field is not None and len(local) < len(before):
                 field = replace(field, everywhere=True)
             rule = RULES.get(getattr(func, "__name__", ""))
@@ -254,6 +293,19 @@ def _padded(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Fie
     return replace(field, low=low, high=high, centre=centre)
 
 
+def _strided(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Field:
+    """x[…, a::s, b::s, …], every s-th cell along each axis, wherever in the tensor the axes are."""
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    taken = [each for each in index if isinstance(each, slice) and (each.step or 1) > 1]
+    if len(taken) != len(field.stride):
+        return field
+    return field.windowed([1] * len(taken), [each.step for each in taken], [-(each.start or 0) for each in taken], [1] * len(taken))
+
+
+def _attended(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Field:
+    return replace(field, everywhere=True)
+
+
 def _global(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Field | None:
     if math.prod(out.shape[2:]) == 1:
         return None
@@ -262,7 +314,8 @@ def _global(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Fie
 
 WINDOW = ("stride", "padding", "dilation")
 AXES = ("1d", "2d", "3d")
-RULES: dict[str, Callable[..., Field | None]] = {"interpolate": _interpolated, "pad": _padded}
+RULES: dict[str, Callable[..., Field | None]] = {"interpolate": _interpolated, "pad": _padded, "__getitem__": _strided}
+RULES |= {"softmax": _attended, "scaled_dot_product_attention": _attended}
 RULES |= {f"conv{d}": _convolved for d in AXES} | {f"conv_transpose{d}": _transposed for d in AXES}
 RULES |= {f"{kind}_pool{d}": _pooled for kind in ("max", "avg") for d in AXES}
 RULES |= {f"adaptive_{kind}_pool{d}": _global for kind in ("max", "avg") for d in AXES}
