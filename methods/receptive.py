@@ -17,6 +17,7 @@ to block. Linear up-sampling counts two whole cells.
 import contextlib
 import difflib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -128,14 +129,14 @@ def listed(found: Mapping[str, Field]) -> str:
 
 def _followed(network: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, tuple[Field | None, Any]]:
     """What these modules return in one pass, with its field, in the order of the pass."""
-    first = next((m for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
-    if first is None:
-        raise ValueError(f"receptive fields: the network {type(network).__name__} has no convolution to start from")
+    first = _entrance(network)
     image = torch.empty(1, first.in_channels, *[PROBE] * (first.weight.dim() - 2), device="meta")
     trace, found = _Trace(image), dict[str, tuple[Field | None, Any]]()
+    times = Counter[str]()
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            times[name] += 1
             found[name] = trace.of(output), output
 
         return hook
@@ -152,7 +153,19 @@ def _followed(network: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str,
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    return found
+    return {name: seen for name, seen in found.items() if times[name] == 1}  # what runs again makes several maps
+
+
+def dimensions(network: nn.Module) -> int:
+    """Of the images that the network reads: 2 or 3."""
+    return _entrance(network).weight.dim() - 2
+
+
+def _entrance(network: nn.Module) -> Any:
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
+    if first is None:
+        raise ValueError(f"receptive fields: the network {type(network).__name__} has no convolution to start from")
+    return first
 
 
 def named(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -203,6 +216,9 @@ class _Trace(TorchFunctionMode):
         given = [x for x in _flat((*args, *kwargs.values())) if id(x) in self.known]
         before = [self.known[id(x)] for x in given]
         out = func(*args, **kwargs)
+        if given and getattr(func, "__name__", "") in APART:
+            for part in out:
+                self._set(part, before[0])
         if given and isinstance(out, Tensor):
             local = [field for field in before if field is not None]
             field = local[0] if len(local) == 1 else Field.joined(local) if local else None
@@ -312,6 +328,7 @@ def _global(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Fie
     raise ValueError("receptive fields: adaptive pooling is followed only to a single cell")
 
 
+APART = ("unbind", "chunk", "split")  # q, k, v = x is the first of them
 WINDOW = ("stride", "padding", "dilation")
 AXES = ("1d", "2d", "3d")
 RULES: dict[str, Callable[..., Field | None]] = {"interpolate": _interpolated, "pad": _padded, "__getitem__": _strided}

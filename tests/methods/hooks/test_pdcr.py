@@ -13,6 +13,8 @@ from medssl.methods import receptive
 from medssl.methods.hooks.pdcr import PDCR, Config, averaged, divergence, floor, on_grid, one_hot, pdcr, positions, ratios
 from medssl.methods.networks.deeplab import Config as DeepLabConfig
 from medssl.methods.networks.deeplab import DeepLabV3Plus
+from medssl.methods.networks.swin_unetr import Config as SwinConfig
+from medssl.methods.networks.swin_unetr import SwinUNETR
 from medssl.methods.networks.unet import Config as UNetConfig
 from medssl.methods.networks.unet import UNet
 from medssl.methods.protocol import UNLABELLED, Loss, Step, Views
@@ -532,19 +534,55 @@ def test_features_that_see_everything_have_no_window_of_their_own():
     assert PDCR(network, Config()).fields["decoder.conv1"].centre == (0.0, 0.0)
 
 
-def test_defaults_run_on_deeplab():
+def test_defaults_on_deeplab_are_the_papers():
     torch.manual_seed(0)
     network = DeepLabV3Plus(1, 2, DeepLabConfig(width=4))
-    method = Segment(network, SegmentConfig(side=96), {"pdcr": PDCR(network, Config())})
+    hook = PDCR(network, Config())
+    assert hook.config.encoder == hook.config.cross == ("encoder.stem2", "encoder.block1")
+    assert hook.config.decoder == ("decoder.low", "decoder.conv1")
+    assert [hook._usual("encoder", torch.empty(1, 1, 24, 24), i) for i in (0, 1, 2)] == [64, 32, 8]
+    assert hook._usual("cross", torch.empty(1, 1, 4, 5)) == 20  # as many cells as there are
+    wanted = {"temperature": 1.0, "ratio": "hierarchical", "cross_stride": 16, "encoder_weight": 0.1, "decoder_weight": 0.01}
+    assert {key: getattr(hook.config, key) for key in wanted} == wanted
+    method = Segment(network, SegmentConfig(side=96), {"pdcr": hook})
     loss = method.loss(views((96, 112), 2), STEP)
     assert loss.total.isfinite()
     loss.total.backward()
 
 
+def test_defaults_on_nnunets_network_in_3d_are_the_papers_two_levels():
+    torch.manual_seed(0)
+    network = UNet(1, 3, UNetConfig(width=4, levels=5, spatial_dims=3, down="stride"))
+    hook = PDCR(network, Config())
+    skips = [hook.fields[name] for name in hook.config.encoder]
+    assert [field.stride for field in skips] == [(4,) * 3, (8,) * 3]
+    assert [field.size for field in skips] == [(23,) * 3, (47,) * 3]  # the published code's constants
+    assert (hook.config.temperature, hook.config.ratio, hook.config.decoder) == (0.5, "receptive-field", ())
+    loss = Segment(network, SegmentConfig(side=32), {"pdcr": hook}).loss(views((32, 32, 40)), STEP)
+    assert {"pdcr/encoder", "pdcr/cross"} < loss.terms.keys()
+    loss.total.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in [*network.encoder.parameters(), *hook.parameters()])
+
+
+def test_a_layer_that_cannot_be_tapped_is_refused_with_those_that_can():
+    network = UNet(1, 2, UNetConfig(width=2, levels=3))
+    with pytest.raises(ValueError, match=r"did you mean encoder\.blocks\.\d\?; usable modules: encoder\.blocks\.0 \(1/1\), enc"):
+        PDCR(network, Config(encoder=("encoder.blocks.9",)))
+    swin = SwinUNETR(1, 2, SwinConfig(width=12))
+    with pytest.raises(ValueError, match=r"decoder\.encoder3.* see the whole image; take modules .*encoder\.patch_embed \(1/2\)"):
+        PDCR(swin, Config(ratio="receptive-field"))
+
+
+def test_cells_of_merged_patches_lie_in_the_middle_of_them():
+    """A Swin's patches of 2 pixels, merged twice: a cell of 8 pixels, whose attention reaches further."""
+    field = receptive.fields(SwinUNETR(1, 2, SwinConfig(width=12)), ["decoder.encoder4"])["decoder.encoder4"]
+    assert (field.stride, field.centre, field.everywhere) == ((8, 8), (3.5, 3.5), True)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"encoder_samples": (64,)}, "encoder_samples"),
+        ({"encoder": ("a", "b"), "encoder_samples": (64,)}, "encoder_samples"),
         ({"cross": ("encoder.block1",)}, "cross is"),
         ({"encoder": (), "encoder_samples": (), "decoder": (), "decoder_samples": (), "cross": ()}, "name no module"),
         ({"temperature": 0.0}, "temperature > 0"),
