@@ -102,21 +102,25 @@ def fields(network: nn.Module, names: Iterable[str]) -> dict[str, Field]:
 def maps(network: nn.Module) -> dict[str, Field]:
     """The fields of all maps that the outer modules of encoder and decoder return, in the order in which they are made.
 
-    Outer are the children of the network's parts, or what their lists hold; the parts without children, such as a head, and
-    what gives no map are left out.
+    Outer are the children of the network's parts, or what their lists hold, or a sequence that does not run as a whole; the parts
+    without children, such as a head, and what gives no map are left out.
     """
+    known = dict(network.named_modules())
     names = [name for part, module in network.named_children() if part != "head" for name in _outer(part, module)]
-    found = {}
-    for name, seen in _followed(network, named(network, names)).items():
-        with contextlib.suppress(ValueError):
-            found[name] = _checked(name, *seen)
+    followed, found = _followed(network, {name: known[name] for name in names if name in known}), dict[str, Field]()
+    for name, seen in followed.items():
+        if name.rpartition(".")[0] not in followed:
+            with contextlib.suppress(ValueError):
+                found[name] = _checked(name, *seen)
     return found
 
 
 def _outer(name: str, module: nn.Module, depth: int = 0) -> Iterator[str]:
-    if depth and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+    held = isinstance(module, nn.ModuleList | nn.ModuleDict)
+    if depth and not held:
         yield name
-        return
+        if not isinstance(module, nn.Sequential):
+            return
     for own, child in module.named_children():
         if own != "gate":  # the head of UAFS is not a map of the network
             yield from _outer(f"{name}.{own}", child, depth + 1)
@@ -147,7 +151,7 @@ def _followed(network: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str,
     try:
         network.eval()
         with torch.no_grad(), trace:
-            torch.func.functional_call(network, shapes, (image,))
+            torch.func.functional_call(network, shapes, (image,), tie_weights=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -180,8 +184,9 @@ def named(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def _tensors(network: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from network.named_parameters()
-    yield from network.named_buffers()
+    for name, module in network.named_modules():  # one that has two names, once; a weight that two share, twice
+        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            yield f"{name}.{own}".lstrip("."), tensor
 
 
 def _checked(name: str, field: Field | None, output: Any) -> Field:

@@ -6,8 +6,8 @@ The paper shows 25 % in pictures only. Every arm is compared with CE at its own 
 Nothing is pretrained, so a repeat is a seed: `--pretrainings 3 --finetunings 1` gives k = 3 of them. Steps follow from epochs and
 so from the budget; `-o finetune.training.steps=N` trains both alike. `-o finetune.dice=1` puts Dice beside cross-entropy everywhere.
 
-`suggest` searches, on all labels unless `-o data.labelled=0.25` says otherwise, the weights of the three terms, the temperature, N,
-the patches and the places of UAFS. Its numbers are of means: the paper's weights are of sums and do not transfer.
+`suggest` searches, at a quarter of the labels, the weights of the three terms, the temperature, N, which cells, the patches and
+whether UAFS stands at the paper's places or nowhere; `-o finetune.uafs.layers=[…]` has other places stand for the paper's. Its numbers are of means: the paper's weights are of sums and do not transfer.
 The weights of any other stack of hooks are a space file of one's own, `medssl sweep ./mine.py --search tpe`:
 
     from medssl.search_spaces.pdcr import CONTROL, DEFAULTS, QUESTION, arms, hook_weights
@@ -19,7 +19,7 @@ from typing import Any
 
 QUESTION = "Does PDCR, UAFS or both beat cross-entropy on the same labelled patients?"
 CONTROL = "CE, 25 %"
-DEFAULTS: dict[str, Any] = {"pretrain": None, "finetune.dice": 0.0}
+DEFAULTS: dict[str, Any] = {"pretrain": None, "finetune.dice": 0.0, "data.labelled": 0.25}
 BUDGETS: dict[str, float | None] = {"25 %": 0.25, "100 %": None}  # of the labelled training patients
 ADDED: dict[str, dict[str, Any]] = {
     "CE": {"hooks.pdcr": None, "finetune.uafs": None},
@@ -39,9 +39,9 @@ COMPARE = {f"{name}, {budget}": f"CE, {budget}" for name in ADDED for budget in 
 
 
 def suggest(trial: Any) -> dict[str, Any]:
-    """PDCR's terms, and where UAFS stands: the paper's places or none, unless -o finetune.uafs.layers=[…] names others."""
+    """PDCR's terms, and whether UAFS stands beside them."""
     weights = {f"hooks.pdcr.{term}_weight": weight(trial, term) for term in ("encoder", "decoder", "cross")}
-    fine, coarse = (trial.suggest_int(f"N of the {which} map", 8, 128, log=True) for which in ("finer", "coarser"))
+    fine, coarse = (trial.suggest_int(f"N of the {which} map", 8, 64, log=True) for which in ("finer", "coarser"))
     return weights | {
         "hooks.pdcr.temperature": trial.suggest_float("temperature", 0.05, 1.0, log=True),
         "hooks.pdcr.encoder_samples": [fine, coarse],

@@ -39,6 +39,26 @@ transfer: the defaults keep their numbers on the mean, to be searched anew. The 
 In its 3D code D is Σ over the foreground classes, s has the greatest cosine for 1, and `cross` compares cells of two grids.
 `pdcr` gives those forms too, for known values; training has the one above.
 
+In nnU-Net v2 (with nnUNet_compile=f) the terms are three overrides of its trainer; PlainConvUNet has the two levels above:
+
+    from medssl.methods.hooks.pdcr import PDCR, Config          # and medssl.methods.uafs.insert, medssl.methods.settings.UAFS
+    class nnUNetTrainerPDCR(nnUNetTrainer):
+        def configure_optimizers(self):
+            self.pdcr = PDCR(self.network, Config())             # before it, if wanted: insert(self.network, UAFS(layers=…))
+            optimizer, schedule = super().configure_optimizers()
+            optimizer.add_param_group({"params": list(self.pdcr.parameters())})
+            return optimizer, schedule
+        def _build_loss(self):
+            own = super()._build_loss()
+            def loss(logits, target):                            # lists, the finest first, with deep supervision
+                finest, labels = (x[0] if isinstance(x, (list, tuple)) else x for x in (logits, target))
+                rng = torch.Generator(finest.device).manual_seed(self.current_epoch)
+                terms = self.pdcr.contrast(finest, labels[:, 0], rng) if finest.requires_grad else {}
+                return own(logits, target) + sum(terms.values())
+            return loss
+
+and, as validation and inference need no label, nothing else. Its "ignore" label must be 255 (`protocol.UNLABELLED`).
+
 What is drawn is the seed of the cells (`sampling`). `weight`, with its ramp, is a factor of all terms. What transfers is the
 network; the parameters of `cross` belong to the hook. At inference nothing of it runs.
 """
@@ -337,9 +357,10 @@ class Taps:
             raise ValueError(f'pdcr: the module "{name}" runs twice in one pass, so that its features are not one map')
         self.current[name] = output
 
-    def _end(self, network: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _end(self, network: nn.Module, inputs: Any, output: Any) -> None:
         if network is self.network() and self.current is not None:
-            self.passes[output], self.current = self.current, None
+            logits = output[0] if isinstance(output, list | tuple) else output  # deep supervision: the finest come first
+            self.passes[logits], self.current = self.current, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Taps":
         """Itself: copies of the network, such as teachers, are not tapped."""

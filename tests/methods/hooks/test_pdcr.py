@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 from torch import nn
 
 from medssl.methods import receptive
+from medssl.methods.hooks import pdcr as pdcr_module
 from medssl.methods.hooks.pdcr import PDCR, Config, averaged, divergence, floor, on_grid, one_hot, pdcr, positions, ratios
 from medssl.methods.networks.deeplab import Config as DeepLabConfig
 from medssl.methods.networks.deeplab import DeepLabV3Plus
-from medssl.methods.networks.swin_unetr import Config as SwinConfig
-from medssl.methods.networks.swin_unetr import SwinUNETR
 from medssl.methods.networks.unet import Config as UNetConfig
 from medssl.methods.networks.unet import UNet
+from medssl.methods.networks.unetr import UNETR
+from medssl.methods.networks.unetr import Config as UNETRConfig
 from medssl.methods.protocol import UNLABELLED, Loss, Step, Views
 from medssl.methods.receptive import Field
 from medssl.methods.segment import Config as SegmentConfig
@@ -564,19 +566,62 @@ def test_defaults_on_nnunets_network_in_3d_are_the_papers_two_levels():
     assert all(p.grad.isfinite().all() and p.grad.any() for p in [*network.encoder.parameters(), *hook.parameters()])
 
 
+class PlainConvUNet(nn.Module):
+    """nnU-Net's layout: stages in a sequence that never runs as one, the encoder once more inside the decoder, a list of logits."""
+
+    def __init__(self):
+        super().__init__()
+        unit = UNet(1, 2, UNetConfig(width=4, levels=4, spatial_dims=3, down="stride"))
+        self.encoder = nn.Module()
+        self.encoder.stages = nn.Sequential(*unit.encoder.blocks)
+        self.decoder = nn.Module()
+        self.decoder.encoder, self.decoder.seg_layers = self.encoder, nn.ModuleList([nn.Conv3d(32, 3, 1), nn.Conv3d(4, 3, 1)])
+
+    def forward(self, x):
+        maps = []
+        for stage in self.encoder.stages:
+            x = stage(x)
+            maps.append(x)
+        return [self.decoder.seg_layers[1](maps[0]), self.decoder.seg_layers[0](x)]
+
+
+def test_a_trainer_of_nnunet_takes_the_terms_over_as_written():
+    """The lines of the docstring, around a trainer with nnU-Net's three methods."""
+
+    class nnUNetTrainer:  # noqa: N801, its own name
+        def __init__(self):
+            torch.manual_seed(0)
+            self.network, self.current_epoch = PlainConvUNet(), 3
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.network.parameters(), 0.1), None
+
+        def _build_loss(self):
+            return lambda logits, target: nn.functional.cross_entropy(logits[0], target[0][:, 0].long())
+
+    text = pdcr_module.__doc__.partition("    from medssl.methods.hooks.pdcr import")[2].partition("\nand, as validation")[0]
+    scope = {"nnUNetTrainer": nnUNetTrainer, "torch": torch}
+    exec(textwrap.dedent("    from medssl.methods.hooks.pdcr import" + text), scope)
+    trainer = scope["nnUNetTrainerPDCR"]()
+    optimizer, _ = trainer.configure_optimizers()
+    assert trainer.pdcr.config.encoder == ("encoder.stages.2", "encoder.stages.3")
+    loss, images, target = trainer._build_loss(), torch.rand(2, 1, 32, 32, 32), [torch.randint(0, 3, (2, 1, 32, 32, 32)).float()]
+    with torch.no_grad():
+        plain = loss(trainer.network.eval()(images), target)
+    contrasted = loss(trainer.network.train()(images), target)
+    assert contrasted.item() != pytest.approx(plain.item(), abs=1e-6)
+    contrasted.backward()
+    optimizer.step()
+    assert all(p.grad.any() for p in trainer.pdcr.parameters())
+
+
 def test_a_layer_that_cannot_be_tapped_is_refused_with_those_that_can():
     network = UNet(1, 2, UNetConfig(width=2, levels=3))
     with pytest.raises(ValueError, match=r"did you mean encoder\.blocks\.\d\?; usable modules: encoder\.blocks\.0 \(1/1\), enc"):
         PDCR(network, Config(encoder=("encoder.blocks.9",)))
-    swin = SwinUNETR(1, 2, SwinConfig(width=12))
-    with pytest.raises(ValueError, match=r"decoder\.encoder3.* see the whole image; take modules .*encoder\.patch_embed \(1/2\)"):
-        PDCR(swin, Config(ratio="receptive-field"))
-
-
-def test_cells_of_merged_patches_lie_in_the_middle_of_them():
-    """A Swin's patches of 2 pixels, merged twice: a cell of 8 pixels, whose attention reaches further."""
-    field = receptive.fields(SwinUNETR(1, 2, SwinConfig(width=12)), ["decoder.encoder4"])["decoder.encoder4"]
-    assert (field.stride, field.centre, field.everywhere) == ((8, 8), (3.5, 3.5), True)
+    vit = UNETR(1, 2, UNETRConfig(d=16, depth=4, heads=2))
+    with pytest.raises(ValueError, match=r"decoder\.lifts\.0.* see the whole image; take modules .*encoder\.patch_embed \(1/16\)"):
+        PDCR(vit, Config(ratio="receptive-field"))
 
 
 @pytest.mark.parametrize(
