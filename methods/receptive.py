@@ -10,8 +10,8 @@ j being the map's stride, and for the next map
 
 It is read off one forward pass with tensors that have shapes and no values, so that any network whose maps are convolved,
 pooled, padded, joined and up-sampled is understood from its code; norms count as acting on single pixels. What is pooled
-over all of the image is noted (`everywhere`), and otherwise left out; so is attention, be it within windows that shift from block
-to block. Linear up-sampling counts two whole cells.
+over all of the image is noted (`everywhere`), and otherwise left out; so is attention, be it within windows that shift from
+block to block. Linear up-sampling counts two whole cells.
 """
 
 import contextlib
@@ -81,7 +81,8 @@ class Field:
         first = fields[0]
         if other := next((field for field in fields if field.stride != first.stride), None):
             raise ValueError(f"receptive fields: maps of strides {first.stride} and {other.stride} are joined")
-        low, high = (tuple(map(end, *(getattr(field, name) for field in fields))) for end, name in ((min, "low"), (max, "high")))
+        low = tuple(min(ends) for ends in zip(*(field.low for field in fields), strict=True))
+        high = tuple(max(ends) for ends in zip(*(field.high for field in fields), strict=True))
         least = min(field.size for field in fields)
         local = [field for field in fields if field.size == least]  # the skip, not what came back from below
         centre = tuple(sum(places) / len(local) for places in zip(*(field.centre for field in local), strict=True))
@@ -102,7 +103,7 @@ def fields(network: nn.Module, names: Iterable[str]) -> dict[str, Field]:
 def maps(network: nn.Module) -> dict[str, Field]:
     """The fields of all maps that the outer modules of encoder and decoder return, in the order in which they are made.
 
-    Outer are the children of the network's parts, or what their lists hold, or a sequence that does not run as a whole; the parts
+    Outer are the children of the network's parts, or what their lists hold, or a sequence that does not run as a whole; parts
     without children, such as a head, and what gives no map are left out.
     """
     known = dict(network.named_modules())
@@ -162,7 +163,8 @@ def _followed(network: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str,
 
 def dimensions(network: nn.Module) -> int:
     """Of the images that the network reads: 2 or 3."""
-    return _entrance(network).weight.dim() - 2
+    dims: int = _entrance(network).weight.dim() - 2
+    return dims
 
 
 def _entrance(network: nn.Module) -> Any:
@@ -320,7 +322,8 @@ def _strided(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Fi
     taken = [each for each in index if isinstance(each, slice) and (each.step or 1) > 1]
     if len(taken) != len(field.stride):
         return field
-    return field.windowed([1] * len(taken), [each.step for each in taken], [-(each.start or 0) for each in taken], [1] * len(taken))
+    ones, first = [1] * len(taken), [each.start or 0 for each in taken]
+    return field.windowed(ones, [each.step for each in taken], [-start for start in first], ones)
 
 
 def _attended(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Field:

@@ -10,8 +10,8 @@ Segmentation", IEEE TMI 2022, https://arxiv.org/abs/2201.08779. After any module
 Nothing supervises the head but the loss of the network, so this is a learnt gate and no calibrated uncertainty; no label is
 needed, in training or after. With M = 1 its head learns nothing. Differences from the paper: batch norms are joint over all
 workers; where M is 1 the paper's code divides 0 by 0, though it publishes such a row; its heads of pyramid and decoder have
-a dropout of 0.1 besides. The default places are the paper's seven in `networks/deeplab.py` with Xception, and elsewhere those of
-its 3D code: after each stage of the decoder. In two and three dimensions.
+a dropout of 0.1 besides. The default places are the paper's seven in `networks/deeplab.py` with Xception, and elsewhere
+those of its 3D code: after each stage of the decoder. In two and three dimensions.
 
 In a run it is a setting of fine-tuning, `-o finetune.uafs={}` or `-o "finetune.uafs.layers=[decoder.blocks.0]"`: it is inserted
 after given weights and before hooks, so that these see weighted maps, and comes back wherever the run's network does.

@@ -47,8 +47,8 @@ KNOWN: dict[str, str] = {  # every key, and why it is not kept where that needs 
     "optm.larc.trust_coefficient": "", "optm.larc.clip": "",
     "schd.mode": "", "schd.cos.start_warmup": "", "schd.cos.warmup_epochs": "",
     "schd.step.milestone": "", "schd.step.decay_rate": "", "schd.exp.gamma": "",
-    **{f"{section}.{key}": "is ours: the best of finetune.training.evaluations looks at validation patients is kept, and the test "
-       "patients are scored once" for section in ("test", "val") for key in (
+    **{f"{section}.{key}": "is ours: the best of finetune.training.evaluations looks at validation patients is kept, and the "
+       "test patients are scored once" for section in ("test", "val") for key in (
         "start_test_epoch", "test_intertest", "start_val_epoch", "val_interval", "rank_metric", "metric_used", "metric_mode",
         "resize_option", "resize_interpolation")},
 }  # fmt: skip
@@ -167,7 +167,8 @@ def _number(flat: Mapping[str, Any], key: str, default: float) -> float:
 
 def _terms(flat: Mapping[str, Any]) -> dict[str, float]:
     """The weights of the criterions; any name that holds "multi_layer" is the cross-layer term, as there."""
-    given = flat.get("criterions", {"ce": 1, "encoder_patchseries": 0.1, "decoder_patchseries": 0.01, "multi_layer_patchseries": 0.01})
+    usual = dict(zip(("ce", *WEIGHTS), (1, 0.1, 0.01, 0.01), strict=True))
+    given = flat.get("criterions", usual)
     if not isinstance(given, Mapping):
         raise UsageError(f"criterions: expected names with their weights, got {given!r}")
     weights = {"ce": 0.0, **dict.fromkeys(WEIGHTS.values(), 0.0)}
@@ -218,14 +219,16 @@ def _windows(flat: Mapping[str, Any], lost: list[str]) -> Tree:
     """Patches, how their losses are averaged, and which cells are drawn."""
     patches = _typed(flat, "model.patchsize", list, [5, 7, 9])
     if _typed(flat, "model.patchnumber", int, len(patches)) != len(patches):
-        raise UsageError(f"model.patchnumber is {flat['model.patchnumber']}, and model.patchsize has {len(patches)}: make them agree")
+        given = flat["model.patchnumber"]
+        raise UsageError(f"model.patchnumber is {given}, and model.patchsize has {len(patches)}: make them agree")
     first = {key: _typed(flat, f"model.similarityfirst_{key}", bool, True) for key in ("encoder", "decoder", "multi")}
     if len(set(first.values())) > 1:
         lost.append("model.similarityfirst_decoder and _multi follow model.similarityfirst_encoder: one setting here")
     windows: Tree = {"ratio": "hierarchical", "patches": patches, "average": "losses" if first["encoder"] else "ratios"}
     if not first["encoder"]:
         windows["patch_weights"] = _typed(flat, "model.patchforeground_weight", list, [1] * len(patches))
-    only = {"distance_measure": "cosine", "fea_weight_choice": "receptive_field", "sample_strategy": "stride", "instance_dis": False}
+    only = {"distance_measure": "cosine", "fea_weight_choice": "receptive_field", "sample_strategy": "stride"}
+    only |= {"instance_dis": False}
     for key, value in only.items():
         if flat.get(f"model.{key}", value) != value:
             lost.append(f"model.{key} {flat[f'model.{key}']}: only {value} works in the published code")

@@ -279,7 +279,7 @@ def _decisive(base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_places(sweep: Sweep, arms: Mapping[str, Settings], store: Store) -> None:
-    """Raises UsageError for an arm whose UAFS or hooks name what its network lacks: else it would fail after its pretraining."""
+    """Raises UsageError for an arm whose UAFS or hooks name what its network lacks, which would fail after its pretraining."""
     from medssl.platform import stages
 
     split = catalogue.split(store, sweep.split)

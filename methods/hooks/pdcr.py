@@ -182,7 +182,8 @@ def _encoder(maps: Mapping[str, Field], strides: Sequence[int], count: int, netw
 
 def _decoder(maps: Mapping[str, Field], encoder: Sequence[str], count: int, network: nn.Module) -> tuple[str, ...]:
     """The first maps of the decoder at a quarter of the resolution that are made by weights, then at a half, then others."""
-    own = [name for name in maps if name.startswith("decoder.") and name not in encoder and _weighted(network.get_submodule(name))]
+    others = [name for name in maps if name.startswith("decoder.") and name not in encoder]
+    own = [name for name in others if _weighted(network.get_submodule(name))]
     order = sorted(own, key=lambda name: abs(math.log2(max(maps[name].stride) / 4) + 0.1))
     return tuple(order[:count])
 
@@ -424,8 +425,9 @@ class PDCR(nn.Module):
         strides = [field.stride for field in self.fields.values()]
         solid = len(strides[0]) == 3
         common = math.lcm(*(jump for name in _given(config.cross) for jump in self.fields[name].stride)) if config.cross else 1
-        grid = config.cross_stride or (common if solid else max(common, 16))
-        return replace(config, ratio=config.ratio or ("receptive-field" if solid and not wide else "hierarchical"), cross_stride=grid)
+        grid = config.cross_stride or (common if solid else -(-16 // common) * common)
+        usual: Any = "receptive-field" if solid and not wide else "hierarchical"
+        return replace(config, ratio=config.ratio or usual, cross_stride=grid)
 
     def remove(self) -> None:
         self.taps.remove()
@@ -452,7 +454,8 @@ class PDCR(nn.Module):
         own = {"encoder": config.encoder_weight, "decoder": config.decoder_weight}
         for term, share in own.items():
             layers = _given(getattr(config, term))
-            counts = getattr(config, f"{term}_samples") or [self._usual(term, features[name], i) for i, name in enumerate(layers)]
+            usual = [self._usual(term, features[name], place) for place, name in enumerate(layers)]
+            counts = getattr(config, f"{term}_samples") or usual
             each = zip(layers, counts, strict=True)
             samples = [sampled(features[name], self.fields[name], count) for name, count in each]
             if samples:
@@ -475,7 +478,7 @@ class PDCR(nn.Module):
         """The paper's N of the term's module number `place`, or as many cells as the map x has."""
         every = SAMPLES[x.dim() - 2][term]
         usual: int = every if isinstance(every, int) else every[min(place, len(every) - 1)]  # type: ignore[index]
-        return min(usual, x[0, 0].numel())
+        return min(usual, math.prod(x.shape[2:]))
 
     @torch.no_grad()
     def _chosen(

@@ -1,7 +1,7 @@
 """What PDCR costs: steps with its terms against steps without, at the paper's settings.
 
-A step without is forward and backward of DeepLabV3+ with Xception on colour images of 512 px. The terms are timed by themselves,
-forward and backward as far as the maps that they read, and added: beside a step of many seconds they would vanish in its noise.
+A step without is forward and backward of DeepLabV3+ with Xception on colour images of 512 px. The terms are timed by
+themselves, forward and backward as far as the maps that they read, and added: in the noise of so long a step they would vanish.
 """
 
 import statistics
