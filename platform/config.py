@@ -40,7 +40,7 @@ class Data:
 
     def __post_init__(self) -> None:
         if self.labelled is not None and (self.labelled <= 0 or (self.labelled >= 1 and self.labelled != int(self.labelled))):
-            raise ValueError(f"labelled is {self.labelled}: expected at least 1 patient, a share of them below 1, or null for all")
+            raise ValueError(f"labelled is {self.labelled}: expected 1 or more, a share of them below 1, or null for all")
         if self.labelled_slices is not None and self.labelled_slices < 1:
             raise ValueError(f"labelled_slices is {self.labelled_slices}: at least 1 labelled slice, or null for all")
         if self.labelled_slices is not None and self.stream == "ray":

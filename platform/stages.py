@@ -178,7 +178,7 @@ def selective(model: Any, experiment: Experiment) -> Any:
 
 
 def check(experiment: Experiment, store: Store) -> None:
-    """Raises UsageError where UAFS or hooks name what the network does not have; tried in a moment, on tensors without values."""
+    """Raises UsageError where UAFS or hooks name what the network does not have; tried on tensors without values."""
     if not experiment.hooks and not experiment.finetune.uafs:
         return
     try:

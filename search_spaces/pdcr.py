@@ -4,11 +4,11 @@ The table of "Contrastive and Selective Hidden Embeddings for Medical Image Segm
 its cross-entropy alone (CE), with each and with both, at a quarter and at all of the labelled patients, on any network, in 2D
 and 3D. The paper shows 25 % in pictures only. Every arm is compared with CE at its own budget. Nothing is pretrained, so that a
 repeat is a seed, with the same weights at the start of all arms: `--pretrainings 3 --finetunings 1` gives k = 3 of them. Steps
-follow from epochs and so from the budget; `-o finetune.training.steps=N` trains all alike. `-o finetune.dice=1` puts Dice beside
-cross-entropy everywhere.
+follow from epochs and so from the budget; `-o finetune.training.steps=N` trains all alike. `-o finetune.dice=1` puts Dice
+beside cross-entropy everywhere.
 
-`suggest` searches, at a quarter of the labels, the weights of the three terms, the temperature, N, which cells, the patches, and
-whether UAFS stands at the paper's places or nowhere; `-o finetune.uafs.layers=[…]` has other places stand for the paper's.
+`suggest` searches, at a quarter of the labels, the weights of the three terms, the temperature, N, which cells, the patches,
+and whether UAFS stands at the paper's places or nowhere; `-o finetune.uafs.layers=[…]` has other places stand for the paper's.
 Its weights are of means: the paper's are of sums and do not transfer.
 The weights of any other stack of hooks are a space file of one's own, `medssl sweep ./mine.py --search tpe`:
 
