@@ -13,6 +13,7 @@ from medssl.platform import catalogue, config, export, plan, single, stages
 from medssl.platform.errors import UsageError
 from medssl.platform.store import Store
 
+pytestmark = pytest.mark.slow  # the fixture trains a DeepLab
 TINY = ["network.name=deeplab", "network.width=4", "finetune.side=32", "finetune.crops=2", "finetune.training.batch=2"]
 TINY += ["finetune.training.steps=2", "finetune.training.evaluations=1", "finetune.dice=0", "resources.gpus=0"]
 BOTH = ["hooks.pdcr={}", "finetune.uafs={}"]

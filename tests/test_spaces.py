@@ -198,7 +198,8 @@ def test_the_default_weights_are_an_arm_of_their_space():
 
 def test_pdcr_and_uafs_are_added_to_cross_entropy_at_a_quarter_and_at_all_labels():
     space = find.load("space", "pdcr")
-    arms = {label: resolved(settings, space) for label, settings in space.arms().items()}
+    every = {label: built(settings, space) for label, settings in space.arms().items()}
+    arms = {label: plan.resolve(arm, toy_store(), toy_split()) for label, arm in every.items()}
     assert {label: len(plan.labelled_patients(arm, toy_split())) for label, arm in arms.items() if label.startswith("CE")} == {
         "CE, 25 %": 3,
         "CE, 100 %": 12,
