@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from medssl.methods import receptive, settings
 from medssl.methods.gather import JointBatchNorm
 
-
 PAPER = ("encoder.stem1", "encoder.stem2", "encoder.exit3", "encoder.exit4", "encoder.exit5", "decoder.low", "decoder.join")
 
 

@@ -588,7 +588,7 @@ class PlainConvUNet(nn.Module):
 def test_a_trainer_of_nnunet_takes_the_terms_over_as_written():
     """The lines of the docstring, around a trainer with nnU-Net's three methods."""
 
-    class nnUNetTrainer:  # noqa: N801, its own name
+    class nnUNetTrainer:
         def __init__(self):
             torch.manual_seed(0)
             self.network, self.current_epoch = PlainConvUNet(), 3
