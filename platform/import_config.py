@@ -227,7 +227,7 @@ def _windows(flat: Mapping[str, Any], lost: list[str]) -> Tree:
     windows: Tree = {"ratio": "hierarchical", "patches": patches, "average": "losses" if first["encoder"] else "ratios"}
     if not first["encoder"]:
         windows["patch_weights"] = _typed(flat, "model.patchforeground_weight", list, [1] * len(patches))
-    only = {"distance_measure": "cosine", "fea_weight_choice": "receptive_field", "sample_strategy": "stride"}
+    only: Tree = {"distance_measure": "cosine", "fea_weight_choice": "receptive_field", "sample_strategy": "stride"}
     only |= {"instance_dis": False}
     for key, value in only.items():
         if flat.get(f"model.{key}", value) != value:

@@ -144,7 +144,10 @@ PAPER: dict[int, dict[str, Any]] = {  # by dimensions
     3: {"encoder_weight": 0.005, "decoder_weight": 0.005, "cross_weight": 0.005, "temperature": 0.5, "adapted": 128},
 }
 STRIDES = {2: (2, 4), 3: (4, 8)}  # of the encoder's maps, in pixels
-SAMPLES = {2: {"encoder": (64, 32, 8), "decoder": (32, 8), "cross": 32}, 3: {"encoder": (64,), "decoder": (64,), "cross": 64}}
+SAMPLES: dict[int, dict[str, tuple[int, ...]]] = {  # of each module; those after the last have as many as it
+    2: {"encoder": (64, 32, 8), "decoder": (32, 8), "cross": (32,)},
+    3: {"encoder": (64,), "decoder": (64,), "cross": (64,)},
+}
 
 
 def chosen(config: Config, network: nn.Module) -> Config:
@@ -154,12 +157,12 @@ def chosen(config: Config, network: nn.Module) -> Config:
     free = replace(config, **{key: value for key, value in PAPER[dims].items() if getattr(config, key) is None})
     if free.encoder is None:
         free = replace(free, encoder=_encoder(maps, STRIDES[dims], len(config.encoder_samples or STRIDES[dims]), network))
-    assert free.encoder is not None
+    encoder = _given(free.encoder)
     if free.decoder is None:
         wanted = len(config.decoder_samples or (2, 2)) if dims == 2 or config.decoder_samples else 0
-        free = replace(free, decoder=_decoder(maps, free.encoder, wanted, network))
+        free = replace(free, decoder=_decoder(maps, encoder, wanted, network))
     if free.cross is None:
-        free = replace(free, cross=free.encoder if len(free.encoder) > 1 else ())
+        free = replace(free, cross=encoder if len(encoder) > 1 else ())
     return free
 
 
@@ -477,7 +480,7 @@ class PDCR(nn.Module):
     def _usual(self, term: str, x: Tensor, place: int = 0) -> int:
         """The paper's N of the term's module number `place`, or as many cells as the map x has."""
         every = SAMPLES[x.dim() - 2][term]
-        usual: int = every if isinstance(every, int) else every[min(place, len(every) - 1)]  # type: ignore[index]
+        usual = every[min(place, len(every) - 1)]
         return min(usual, math.prod(x.shape[2:]))
 
     @torch.no_grad()
