@@ -224,6 +224,15 @@ def export(
     typer.echo(exports.export(run, target, out))
 
 
+@app.command("import-config")
+def import_config(file: Annotated[Path, typer.Argument(help="A YAML file of the published PDCR and UAFS code.")]) -> None:
+    """Print another code's configuration as settings for -p, and what of it cannot be kept."""
+    from medssl.platform import import_config as importing
+
+    settings, lost = importing.imported(file)
+    typer.echo(importing.text(settings, lost, file, _aside), nl=False)
+
+
 @app.command()
 def sweep(
     space: Annotated[str, typer.Argument(help="A file of search_spaces/, or a path to your own.")],

@@ -193,3 +193,24 @@ class TeacherHook(Hook):
         super().__post_init__()
         if not (0 <= self.momentum <= 1 and 0 <= self.decay < 1):
             raise ValueError(f"momentum is {self.momentum} and decay {self.decay}: expected 0 to 1, and 0 to less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UAFS:
+    """Maps weighted by how certain a small head is of each position (see `uafs.py`)."""
+
+    layers: tuple[str, ...] | None = None  # modules of the network, after which maps are weighted; None: the paper's
+    outcomes: int = 2  # M; it has nothing to do with the number of classes
+    hidden: int | None = 16  # channels inside the head; None: a quarter of the map's (the paper's choice in 3D)
+    kernel: int = 3  # of its first convolution, odd
+    dropout: float = 0.0  # inside the head (paper: 0.1 in pyramid and decoder)
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise ValueError(f"layers is {self.layers}: expected names of modules, each once")
+        if min(self.outcomes, self.hidden or 1) < 1 or self.hidden == 0:
+            raise ValueError(f"outcomes is {self.outcomes} and hidden {self.hidden}: expected at least 1")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel is {self.kernel}: expected an odd number, so that maps keep their sides")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: expected a probability below 1")

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from medssl.methods.settings import Training, Unlabelled
+from medssl.methods.settings import UAFS, Training, Unlabelled
 from medssl.platform import find
 from medssl.platform.errors import UsageError
 
@@ -33,14 +33,14 @@ RESULTS_VERSION = 1  # raised whenever a change alters results: every stage's ha
 @dataclass(frozen=True, kw_only=True)
 class Data:
     name: str = "phantom"  # a data set of platform/datasets/, a prepared set, or a folder of scans
-    labelled: int | None = None  # labelled training patients that fine-tuning may use; None: all
+    labelled: int | float | None = None  # labelled training patients that fine-tuning may use; below 1: a share; None: all
     labelled_slices: int | None = None  # of their slices; None: all
     split: str = "seed-0"  # a file of the prepared set's splits/; seed-N is drawn by patients on first use
     stream: Literal["auto", "node", "ray"] = "auto"  # one copy in memory per node, or streamed from disk by Ray Data
 
     def __post_init__(self) -> None:
-        if self.labelled is not None and self.labelled < 1:
-            raise ValueError(f"labelled is {self.labelled}: at least 1 labelled patient, or null for all")
+        if self.labelled is not None and (self.labelled <= 0 or (self.labelled >= 1 and self.labelled != int(self.labelled))):
+            raise ValueError(f"labelled is {self.labelled}: expected 1 or more, a share of them below 1, or null for all")
         if self.labelled_slices is not None and self.labelled_slices < 1:
             raise ValueError(f"labelled_slices is {self.labelled_slices}: at least 1 labelled slice, or null for all")
         if self.labelled_slices is not None and self.stream == "ray":
@@ -94,6 +94,7 @@ class Part:
     name: str
     settings: Any
     training: Training | None = None
+    uafs: UAFS | None = None  # of the fine-tuning: where its network weights maps by their certainty
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class Experiment:
             if value is None:
                 return None
             training = {"training": dataclasses.asdict(value.training)} if value.training else {}
-            return {"name": value.name, **dataclasses.asdict(value.settings), **training}
+            selective = {"uafs": dataclasses.asdict(value.uafs)} if value.uafs else {}  # else ids are as before
+            return {"name": value.name, **dataclasses.asdict(value.settings), **training, **selective}
 
         semi = {}
         if self.hooks:  # what has none reads as before there were any
@@ -287,7 +289,7 @@ def _part(kind: str, section: str, tree: Any) -> Part:
     if not isinstance(tree, Mapping) or not isinstance(tree.get("name"), str):
         raise UsageError(f"{section}: expected a mapping with a name, got {tree!r}")
     name = tree["name"]
-    beside = ("name", "training") if kind == "method" else ("name",)
+    beside = {"network": ("name",), "pretrain": ("name", "training"), "finetune": ("name", "training", "uafs")}[section]
     values = {key: value for key, value in tree.items() if key not in beside}
     if kind == "network" and "spatial_dims" in values and name not in (solid := _solid()):
         raise UsageError(f"network.spatial_dims: {name} reads slices only; leave it out, or choose {' or '.join(solid)}")
@@ -295,7 +297,8 @@ def _part(kind: str, section: str, tree: Any) -> Part:
     if kind == "network":
         return Part(name, settings)
     training = _dataclass(find.settings(kind, name, "Training"), tree.get("training") or {}, f"{section}.training")
-    return Part(name, settings, training)
+    uafs = None if tree.get("uafs") is None else _dataclass(UAFS, tree["uafs"], f"{section}.uafs")
+    return Part(name, settings, training, uafs)
 
 
 def _solid() -> list[str]:

@@ -81,6 +81,7 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
 
     Raises UsageError for what the data cannot give.
     """
+    experiment = _counted(experiment, split)
     labelled = labelled_patients(experiment, split)
     train, dims = set(split.train), experiment.spatial_dims
     if dims == 3 and experiment.data.stream == "ray":
@@ -112,6 +113,15 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
     return dataclasses.replace(
         experiment, network=network, pretrain=pretrain, finetune=finetune, start=start, unlabelled=unlabelled
     )
+
+
+def _counted(experiment: Experiment, split: Split) -> Experiment:
+    """With `data.labelled` as a number of patients: a share of them is rounded, to one at least."""
+    share = experiment.data.labelled
+    if share is None or isinstance(share, int):
+        return experiment
+    count = max(1, round(share * len(split.labelled))) if share < 1 else int(share)
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, labelled=count))
 
 
 def _resolved_unlabelled(experiment: Experiment, store: Store, split: Split) -> Unlabelled | None:
@@ -183,6 +193,7 @@ def _content(path: Path, size: int, changed: int) -> str:
 def labelled_patients(experiment: Experiment, split: Split) -> tuple[str, ...]:
     """The labelled training patients that fine-tuning may use: a prefix of the split's order, so that budgets nest."""
     wanted = experiment.data.labelled
+    assert not isinstance(wanted, float), "`resolve` counts them"
     if wanted is not None and wanted > len(split.labelled):
         raise TooFewLabels(f"data.labelled={wanted}: split {split.name} has {len(split.labelled)} labelled training patients")
     return split.labelled[:wanted]
@@ -423,7 +434,8 @@ def describe(arms: Mapping[str, Experiment], k: int, m: int, store: Store, split
 
 def _tuned(experiment: Experiment, of: str) -> str:
     """The fine-tuning, and its hooks."""
-    told = " + ".join([_told(experiment.finetune, of), *(hook.name for hook in experiment.hooks)])
+    beside = ["UAFS"] if experiment.finetune.uafs else []
+    told = " + ".join([_told(experiment.finetune, of), *beside, *(hook.name for hook in experiment.hooks)])
     return f"{told}, {experiment.unlabelled.batch} unlabelled {of}" if experiment.unlabelled else told
 
 

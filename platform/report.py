@@ -193,7 +193,9 @@ def _series(
 
 
 def _budget(key: str, data: config.Data) -> int | None:
-    return data.labelled if key == "data.labelled" else data.labelled_slices
+    if key == "data.labelled":
+        return None if data.labelled is None else int(data.labelled)  # `plan.resolve` has counted them
+    return data.labelled_slices
 
 
 def _amount(evidence: Evidence, key: str, experiment: config.Experiment) -> int:

@@ -77,6 +77,7 @@ def finetune(
     """
     tree = {"pretrain": None, "seed": seed} | _given(start)
     experiment, store, split = _experiment(data, files, overrides, tree, say)
+    stages.check(experiment, store)
     chain = plan.chain(start or "from scratch", index, number + 1, experiment, store, split)
     stage = chain.finetunings[number]
     done = _fulfil(stages.Job(chain, stage, stages.Work(Site.here(), store.root, split)), say)
@@ -150,7 +151,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 def _trained(folder: Path, experiment: config.Experiment, store: Store) -> Any:
     """The network that a fine-tuning left."""
-    network = stages.network(experiment, store.channels, len(store.classes))
+    network = stages.selective(stages.network(experiment, store.channels, len(store.classes)), experiment)
     network.load_state_dict(checkpoint.load(folder / "best.pt")["network"])
     return network
 

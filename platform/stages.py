@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from medssl.methods import uafs
 from medssl.methods.protocol import Batch, Method
 from medssl.platform import (
     atomic,
@@ -36,7 +37,7 @@ from medssl.platform import (
 )
 from medssl.platform.board import Board
 from medssl.platform.config import Experiment, Part
-from medssl.platform.errors import RunError
+from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain, Stage, contract, labelled_patients, probed_patients
 from medssl.platform.records import Part as DataPart
 from medssl.platform.records import Score, Volume
@@ -170,6 +171,25 @@ def network(experiment: Experiment, channels: int, classes: int) -> Any:
     return find.load("network", part.name).NETWORK(channels, classes, part.settings)
 
 
+def selective(model: Any, experiment: Experiment) -> Any:
+    """The network as fine-tuning trains it and leaves it: `model`, with UAFS where its settings say so, freshly initialised."""
+    wanted = experiment.finetune.uafs
+    return uafs.insert(model, wanted) if wanted else model
+
+
+def check(experiment: Experiment, store: Store) -> None:
+    """Raises UsageError where UAFS or hooks name what the network does not have; tried on tensors without values."""
+    if not experiment.hooks and not experiment.finetune.uafs:
+        return
+    try:
+        with torch.device("meta"):
+            model = selective(network(experiment, store.channels, len(store.classes)), experiment)
+            for hook in experiment.hooks:
+                find.load("hook", hook.name).HOOK(model, hook.settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def _pretrain(job: Job, rank: int, world: int, device: torch.device, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
     """One worker of a pretraining. Rank 0 leaves the encoder and its card, and what probes saw on the way."""
     experiment, store = job.chain.experiment, Store.open(job.work.store)
@@ -240,6 +260,7 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
     part = experiment.finetune
     torch.set_num_threads(experiment.resources.cpus)
     model, before = _start(job, store)
+    model = selective(model, experiment)
     method, batches = _segmenting(job, model, rank, world, device)
     model = method.predictor  # the network itself, or a hook's teacher
     best = job.folder / "best.pt"

@@ -278,6 +278,18 @@ def _decisive(base: Mapping[str, Any]) -> dict[str, Any]:
     return kept if workers == 1 else kept | {"resources": {"workers": workers}}
 
 
+def _refuse_places(sweep: Sweep, arms: Mapping[str, Settings], store: Store) -> None:
+    """Raises UsageError for an arm whose UAFS or hooks name what its network lacks, which would fail after its pretraining."""
+    from medssl.platform import stages
+
+    split = catalogue.split(store, sweep.split)
+    for label, settings in arms.items():
+        try:
+            stages.check(plan.resolve(sweep.experiment(settings), store, split), store)
+        except UsageError as error:
+            raise UsageError(f'arm "{label}": {error}') from error
+
+
 def dry_run(
     request: Request,
     say: Say,
@@ -385,6 +397,7 @@ def run(
         with connected(address):  # which takes seconds to come up, in which data are prepared
             store = preparing.result()
             sweep, kept = fitted(request, space, store, controls if grid is None else grid, say)
+            _refuse_places(sweep, kept, store)
             controls, grid = {label: kept[label] for label in controls}, None if grid is None else kept
             with atomic.owned(sweep.folder) as mine:
                 if not mine:

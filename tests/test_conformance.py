@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medssl.methods import segment, uafs
+from medssl.methods.hooks import pdcr
 from medssl.methods.optimizers import build, learning_rate, set_lr
 from medssl.methods.protocol import UNLABELLED, Step, Views
 from medssl.methods.settings import Training
@@ -257,6 +259,39 @@ def test_encoders_give_maps_of_their_channels_from_the_finest_to_the_coarsest(na
     assert [m.shape[1] for m in maps] == list(encoder.channels)
     sides = [m.shape[-1] for m in maps]
     assert sides == sorted(sides, reverse=True)
+
+
+# What can be put into or beside any network
+
+
+PLACES = [
+    pytest.param(name, dims, marks=[pytest.mark.slow] if (name, dims) == ("swin_unetr", 3) else [])  # cubes of 64 pixels
+    for dims in (2, 3)
+    for name in (NETWORKS if dims == 2 else SOLID)
+]
+
+
+@pytest.mark.parametrize(("name", "dims"), PLACES)
+def test_uafs_and_pdcr_find_their_places_in_every_network_and_learn(name, dims):
+    def selective() -> nn.Module:
+        return uafs.insert(network(name, spatial_dims=3) if dims == 3 else network(name))
+
+    net = selective()
+    hook = pdcr.PDCR(net, pdcr.Config())
+    assert len(set(hook.config.encoder + hook.config.decoder)) == (4 if dims == 2 else 2)
+    strides = [max(hook.fields[layer].stride) for layer in hook.config.encoder]
+    coarsest = 4 if name == "unet" else 8  # the small U-Net has three levels
+    assert strides == ([2, 4] if dims == 2 else [4, 8] if coarsest == 8 else [4, 2])
+    images, labels = torch.rand(2, 1, *(32, 32, 32)[:dims]), torch.randint(0, CLASSES, (2, *(32, 32, 32)[:dims]))
+    drawn = Views([images], labels=labels, drawn={"pdcr": {}})
+    loss = segment.Segment(net, segment.Config(side=32), {"pdcr": hook}).loss(drawn, Step(0, 10))
+    assert {"pdcr/encoder", "pdcr/cross"} < loss.terms.keys()
+    assert torch.isfinite(loss.total)
+    loss.total.backward()
+    learning = {key: p for key, p in net.named_parameters() if ".gate." in key} | dict(hook.named_parameters())
+    assert any(".gate." in key for key in learning)
+    assert not [key for key, p in learning.items() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    selective().load_state_dict(net.state_dict(), strict=True)
 
 
 def declared(settings: type) -> list[tuple[Any, ...]]:
