@@ -1,8 +1,8 @@
 """Global and local contrast in minutes: random weights, encoder, encoder and decoder, at 1, 2 and 8 labelled patients.
 
 The question and arms of `global_local_labels.py` (Chaitanya et al., https://arxiv.org/abs/2006.10511), cut to two cores and
-slices of a few dozen pixels: a narrow U-Net of four levels that normalises over the batch, 4 partitions, two blocks of the
-decoder, a few hundred steps. Fine-tuning has the settings with which the hippocampus was learnt from few labels before. All of
+slices of a few dozen pixels: a narrow U-Net of four levels, 4 partitions, two blocks of the decoder, 200 steps for each of the
+two pretrainings. Fine-tuning has the settings with which the hippocampus was learnt from few labels before. All of
 them can be overridden; what the paper's budget gives, `-p global-local` asks with `global_local_labels.py`.
 """
 
@@ -17,7 +17,6 @@ CONTROL = global_local_labels.CONTROL
 DEFAULTS: dict[str, Any] = {
     "network.width": 8,
     "network.levels": 4,
-    "network.norm": "batch",
     "pretrain.name": "global_contrast",
     "pretrain.partitions": 4,
     "pretrain.side": 48,
@@ -35,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "finetune.rot90_p": 0,
     "finetune.zoom_p": 0.5,
     "finetune.dice_over": "batch",
-    "finetune.training.steps": 150,
+    "finetune.training.steps": 120,
     "finetune.training.batch": 16,
     "finetune.training.lr": 4e-3,
     "finetune.training.evaluations": 1,

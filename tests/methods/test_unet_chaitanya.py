@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from medssl.methods.local_contrast import Config as Settings
+from medssl.methods.local_contrast import LocalContrast
 from medssl.methods.networks.unet_chaitanya import Config, UNet
+from medssl.methods.protocol import Step
 
 
 def count(*modules: nn.Module) -> int:
@@ -45,4 +48,19 @@ def test_layers_of_one_shape_begin_different():
     first, second = (block[3].weight for block in (UNet(1, 2).encoder.blocks[4], UNet(1, 2).encoder.blocks[5]))
     assert first.shape == second.shape
     assert not torch.equal(first, second)
-    assert float(first.std()) == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+    assert first.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 5])
+def test_local_contrast_trains_exactly_the_blocks_that_were_asked_for(blocks):
+    torch.manual_seed(0)
+    network = UNet(1, 3, Config(width=4))
+    subject = LocalContrast(network, Settings(side=64, blocks=blocks, region=1, regions=4, negatives=2))
+    rng = torch.Generator().manual_seed(0)
+    batch = {"image": torch.rand(3, 1, 64, 64, generator=rng), "size": torch.full((3, 2), 64)}
+    views = subject.augment(batch | {"position": torch.rand(3), "volume": torch.arange(3)}, rng)
+    subject.loss(views, Step(0, 10)).total.backward()
+    reached = {".".join(name.split(".")[:3]) for name, p in network.named_parameters() if p.grad is not None}
+    assert reached == {f"decoder.{kind}.{block}" for kind in ("ups", "blocks") for block in range(blocks)}
+    sent = {".".join(name.split(".")[:3]) for name in subject.transferable_state() if name.startswith("decoder.")}
+    assert sent == reached
