@@ -117,6 +117,31 @@ class Chain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Deformation:
+    """Affine and elastic deformation of labelled slices, off unless asked for (see `deform.py`)."""
+
+    affine_p: float = 0.0  # of an image to have one of four affine deformations (source: 0.8)
+    rotation: float = 15.0  # degrees, uniform in ±
+    rescale: tuple[float, float] = (0.95, 1.05)
+    elastic_p: float = 0.0  # (source: about 0.525)
+    elastic_sigma: float = 5.0  # pixels: standard deviation of the displacement of a node
+    elastic_nodes: int = 3  # per axis
+
+    def __post_init__(self) -> None:
+        if not all(0 <= p <= 1 for p in (self.affine_p, self.elastic_p)):
+            raise ValueError(f"affine_p is {self.affine_p} and elastic_p {self.elastic_p}: a probability lies in [0, 1]")
+        if not 0 < self.rescale[0] <= self.rescale[1] or self.rotation < 0:
+            raise ValueError(f"rescale {self.rescale}: expected 0 < low <= high; rotation {self.rotation}: at least 0")
+        if self.elastic_sigma < 0 or self.elastic_nodes < 2:
+            raise ValueError(
+                f"elastic_sigma is {self.elastic_sigma} and elastic_nodes {self.elastic_nodes}: expected at least 0 and 2"
+            )
+        super_check = getattr(super(), "__post_init__", None)
+        if super_check:
+            super_check()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelfDistillation(PairCrops, Chain):
     """Views, head and teacher of DINO (see `dino.py`) and of what is built on it."""
 

@@ -4,6 +4,7 @@
     start      the weights that the encoder begins from; null: random ones
     network    name (a file of methods/networks/) and its settings
     pretrain   name (a file of methods/) and its settings, `training` below it; null: from scratch
+    further    the same, for a second pretraining that begins where `pretrain` ends; of no account without that
     finetune   the same, for the supervised stage
     hooks      names (files of methods/hooks/) with their settings: semi-supervised terms of fine-tuning; null switches one off
     unlabelled how hooks are fed; of no account without any
@@ -109,6 +110,7 @@ class Experiment:
     resources: Resources
     seed: int = 0
     start: Start = Start()
+    further: Part | None = None  # the pretraining upon the pretraining
     hooks: tuple[Part, ...] = ()  # by name
     unlabelled: Unlabelled | None = None  # None without hooks that learn from unlabelled slices
     given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the tree it was built from
@@ -128,10 +130,10 @@ class Experiment:
             selective = {"uafs": dataclasses.asdict(value.uafs)} if value.uafs else {}  # else ids are as before
             return {"name": value.name, **dataclasses.asdict(value.settings), **training, **selective}
 
-        semi = {}
+        semi: dict[str, Any] = {"further": part(self.further)} if self.further else {}
         if self.hooks:  # what has none reads as before there were any
             settings = {hook.name: dataclasses.asdict(hook.settings) for hook in self.hooks}
-            semi = {"hooks": settings, "unlabelled": dataclasses.asdict(self.unlabelled) if self.unlabelled else {}}
+            semi |= {"hooks": settings, "unlabelled": dataclasses.asdict(self.unlabelled) if self.unlabelled else {}}
         return {
             "seed": self.seed,
             "data": dataclasses.asdict(self.data),
@@ -157,7 +159,7 @@ def stack(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
-            if key in ("network", "pretrain", "finetune") and isinstance(value, str):
+            if key in ("network", "pretrain", "further", "finetune") and isinstance(value, str):
                 value = {"name": value}
             if key == "hooks" and isinstance(value, list | Mapping):
                 hooks = value.items() if isinstance(value, Mapping) else ((name, {}) for name in value)
@@ -182,11 +184,21 @@ def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def suited(defaults: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree` on top of a data set's dotted defaults, those left out that its network and methods have no setting for."""
+    """`tree` on top of a data set's dotted defaults, those left out that its network and methods have no setting for.
+
+    What it says of a pretraining it says of a further one, too.
+    """
     chosen, kept = stack([BASE, tree]), {}
+    if chosen.get("further"):
+        again = {
+            dotted.replace("pretrain", "further", 1): value
+            for dotted, value in defaults.items()
+            if dotted.startswith("pretrain.")
+        }
+        defaults = {**defaults, **again}
     for dotted, value in defaults.items():
         section, _, key = dotted.partition(".")
-        kind = {"network": "network", "pretrain": "method", "finetune": "method"}.get(section)
+        kind = {"network": "network", "pretrain": "method", "further": "method", "finetune": "method"}.get(section)
         part = chosen.get(section)
         if kind and isinstance(part, Mapping) and not key.startswith("training."):
             names = {entry.name for entry in dataclasses.fields(find.settings(kind, part["name"]))}
@@ -238,10 +250,12 @@ def build(tree: Mapping[str, Any]) -> Experiment:
         raise UsageError(f"seed: expected a whole number, got {seed!r}")
     network = _part("network", "network", tree["network"])
     pretrain = None if tree["pretrain"] is None else _part("method", "pretrain", tree["pretrain"])
+    further = _part("method", "further", tree["further"]) if tree.get("further") and pretrain else None
     hooks = _hooks(tree.get("hooks") or {})
     unlabelled = _dataclass(Unlabelled, tree.get("unlabelled") or {}, "unlabelled")
-    if pretrain:
-        _refuse_encoder(pretrain.name, network.name)
+    for section, part in (("pretrain", pretrain), ("further", further)):
+        if part:
+            _refuse_encoder(section, part.name, network.name)
     return Experiment(
         data=_dataclass(Data, tree.get("data") or {}, "data"),
         network=network,
@@ -251,6 +265,7 @@ def build(tree: Mapping[str, Any]) -> Experiment:
         resources=_dataclass(Resources, tree.get("resources") or {}, "resources"),
         seed=seed,
         start=_dataclass(Start, tree.get("start") or {}, "start"),
+        further=further,
         hooks=hooks,
         unlabelled=unlabelled if any(_fed(hook) for hook in hooks) else None,
         given=tree,
@@ -275,13 +290,13 @@ def _hooks(tree: Any) -> tuple[Part, ...]:
     return hooks
 
 
-def _refuse_encoder(method: str, network: str) -> None:
+def _refuse_encoder(section: str, method: str, network: str) -> None:
     """A method that declares its ENCODERS works with the encoders of these networks alone."""
     encoders = find.constant("method", method, "ENCODERS", ())
     if encoders and network.replace("-", "_") not in encoders:
         raise UsageError(
-            f"pretrain.name={method} cannot train the encoder of network.name={network}, only that of {' or '.join(encoders)}; "
-            f"add -o network.name={encoders[0]}"
+            f"{section}.name={method} cannot train the encoder of network.name={network}, only that of "
+            f"{' or '.join(encoders)}; add -o network.name={encoders[0]}"
         )
 
 
@@ -289,7 +304,7 @@ def _part(kind: str, section: str, tree: Any) -> Part:
     if not isinstance(tree, Mapping) or not isinstance(tree.get("name"), str):
         raise UsageError(f"{section}: expected a mapping with a name, got {tree!r}")
     name = tree["name"]
-    beside = {"network": ("name",), "pretrain": ("name", "training"), "finetune": ("name", "training", "uafs")}[section]
+    beside = ("name",) if kind == "network" else ("name", "training", *(("uafs",) if section == "finetune" else ()))
     values = {key: value for key, value in tree.items() if key not in beside}
     if kind == "network" and "spatial_dims" in values and name not in (solid := _solid()):
         raise UsageError(f"network.spatial_dims: {name} reads slices only; leave it out, or choose {' or '.join(solid)}")

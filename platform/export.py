@@ -7,8 +7,9 @@
                   unetr           VisionTransformer without a classifier, in 2D
     nnunet        unet            PlainConvUNet (`down: stride`), as `nnUNetv2_train -pretrained_weights` reads it
 
-timm receives the encoder; monai and nnunet the whole network, whose decoder and head are fresh after a pretraining: strict
-loading wants every key. Whatever has no equal in a library is refused, in a sentence that names what can be exported.
+timm receives the encoder; monai and nnunet the whole network, whose decoder and head are fresh after a pretraining, but for
+blocks that were pretrained: strict loading wants every key. Whatever has no equal in a library is refused, in a sentence that
+names what can be exported.
 
 Three places need more than new names:
     BasicUNet   up-samples to the finest level with twice our channels; the second half is 0, and stays so in training
@@ -110,6 +111,7 @@ def read(run: str) -> Trained:
     if said["kind"] == "pretrain":
         saved = checkpoint.load(folder / "encoder.pt")
         network.encoder.load_state_dict(saved["encoder"])
+        network.load_state_dict(saved.get("decoder", {}), strict=False)  # the blocks of it that were pretrained, if any
         method, chain, step = experiment.pretrain, saved["card"]["chain"], saved["card"]["steps"]
     else:
         saved = checkpoint.load(folder / "best.pt")

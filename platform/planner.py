@@ -106,13 +106,13 @@ class Paces:
     def __init__(self, site: Site, calibrated: Mapping[str, Pace] | None = None):
         self.samples = list(_samples(site))
         self.calibrated = dict(calibrated or {})
-        self.found: dict[tuple[str, int, str | None], tuple[Experiment, Pace | None]] = {}  # arms share their experiment
+        self.found: dict[tuple[str, bool, int, str | None], tuple[Experiment, Pace | None]] = {}  # arms share their experiment
 
     def of(self, stage: Stage, experiment: Experiment, device: str | None) -> Pace | None:
         """None where nothing like it has finished on such a device."""
-        asked = (stage.kind, id(experiment), device)
+        asked = (stage.kind, stage.further, id(experiment), device)
         if asked not in self.found:
-            self.found[asked] = experiment, self._find(stage.kind, experiment, device)
+            self.found[asked] = experiment, self._find(stage.kind, stage.seen(experiment), device)
         return self.found[asked][1]
 
     def _find(self, kind: str, experiment: Experiment, device: str | None) -> Pace | None:
@@ -241,7 +241,7 @@ def _what(stage: Stage, experiment: Experiment) -> str:
 
 
 def _part(stage: Stage, experiment: Experiment) -> Part:
-    part = experiment.pretrain if stage.kind == "pretrain" else experiment.finetune
+    part = stage.seen(experiment).pretrain if stage.kind == "pretrain" else experiment.finetune
     assert part is not None
     return part
 

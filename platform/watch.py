@@ -109,7 +109,7 @@ def _standing(arm: str, chains: Sequence[Chain], finished: Mapping[str, Mapping[
         scores = [finished[stage.id]["validation"] for stage in chain.finetunings if stage.id in finished]
         if scores:
             means.append(sum(scores) / len(scores))
-    pretrainings = [chain.pretraining.id in finished for chain in chains if chain.pretraining]
+    pretrainings = [stage.id in finished for chain in chains for stage in chain.pretrainings]
     finetunings = [stage.id in finished for chain in chains for stage in chain.finetunings]
     return {
         "arm": arm,
