@@ -1,7 +1,7 @@
 """Clusters of features: heads that say which cluster a feature belongs to, and how much two such answers tell of each other.
 
-Ji, Henriques and Vedaldi, "Invariant information clustering", ICCV 2019, https://arxiv.org/abs/1807.06653; displacements and the
-balance as in Peng, Pedersoli and Desrosiers, "Boosting semi-supervised image segmentation with global and local mutual
+Ji, Henriques and Vedaldi, "Invariant information clustering", ICCV 2019, https://arxiv.org/abs/1807.06653; displacements
+and the balance as in Peng, Pedersoli and Desrosiers, "Boosting semi-supervised image segmentation with global and local mutual
 information regularization", MELBA 2021, https://arxiv.org/abs/2103.04813.
 
     x, y     what a head says of two views, probabilities                        (S, n, K) or maps (S, n, K, *), S heads

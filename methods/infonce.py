@@ -7,7 +7,8 @@ learning", NeurIPS 2020, https://arxiv.org/abs/2004.11362, and with every slice 
     z      head of the pooled coarsest map, of both views of n slices of all workers, length 1                (2n, d)
     s_ij   z_i · z_j / τ
     P(i)   rows of i's meta-label, i itself left out
-    l_ij   - s_ij + ln Σ_{a ≠ i} exp s_ia               rivals "negatives": a = j and the rows of other labels
+    l_ij   - s_ij + ln Σ_{a ≠ i} exp s_ia
+           rivals "negatives": j, and the rows of other labels, whose sum is brought to that of all rows but i
     w_ij   hard: 1 where l_ij ≤ γ, else 0               soft: max(1 - l_ij / γ, 0)                         without gradient
     γ      b + (e - b) t^p, t the progress in [0, 1)
     L      Σ over meta-labels of λ · mean over i of 1/|P(i)| Σ_{j in P(i)} w_ij l_ij
@@ -36,6 +37,7 @@ from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import Batch, Loss, Method, Step, Views
 
 FAR = -1e9  # a similarity that counts for nothing
+FEW = 1e-4  # added to the share of negatives, as published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,9 @@ class Config(settings.PairCrops, settings.Chain):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.labels or len(self.shares) != len(self.labels) or min(self.shares) < 0:
-            raise ValueError(f"labels are {self.labels} with the shares {self.shares}: expected a weight of at least 0 for each")
+            raise ValueError(
+                f"labels are {self.labels} with the shares {self.shares}: expected a weight of at least 0 for each"
+            )
         if min(self.temperature, self.partitions, self.hidden, self.d, self.power, *self.gamma) <= 0:
             raise ValueError("expected temperature, partitions, hidden, d, power and gamma above 0")
         if self.partition == "thirds" and self.partitions != 3:
@@ -129,7 +133,7 @@ def by_height(position: Tensor, depth: Tensor | None, partitions: int, rule: Lit
     position   (n,) 0 at the lowest slice of the volume, 1 at the highest
     depth      (n,) slices of the volume; "equal" does without
     rule       "equal": parts of equal height; the published code has "thirds" for hearts and hippocampi (with a third of n
-               slices c, rounded down: c, c + 1, and the rest) and else "blocks" of ⌊n / P⌋ + 1 slices, which may be fewer than P
+               slices c, rounded down: c, c + 1, and the rest) and else "blocks" of ⌊n / P⌋ + 1 slices, maybe fewer than P
     Raises ValueError where the rule counts slices and `depth` is not known.
     """
     if rule == "equal":
@@ -157,7 +161,9 @@ def meta_label(
         return own + gather.rows(own.float()[:, None])[1]
     source = {"partition": "position", "patient": "patient", "cycle": "phase"}[kind]
     if source not in groups:
-        raise ValueError(f'the meta-label "{kind}" needs each slice\'s {source}, which these batches do not carry; choose another')
+        raise ValueError(
+            f'the meta-label "{kind}" needs each slice\'s {source}, which these batches do not carry; choose another'
+        )
     if kind == "partition":
         return by_height(groups["position"], groups.get("depth"), partitions, rule)
     return groups[source]
@@ -187,8 +193,10 @@ def contrast(
         positives = same & other
         if rivals == "all":
             return s.masked_fill(~other, FAR).logsumexp(1, keepdim=True) - s, positives
-        negatives = s.masked_fill(same | ~other, FAR).logsumexp(1, keepdim=True)
-        return F.softplus(negatives - s), positives
+        negatives = other & ~same
+        share = negatives.sum(1, keepdim=True) / other.sum(1, keepdim=True).clamp(min=1) + FEW
+        total = s.masked_fill(~negatives, FAR).logsumexp(1, keepdim=True) - share.log()
+        return F.softplus(total - s), positives
 
 
 def gamma(ends: tuple[float, float], power: float, progress: float) -> float:
@@ -200,8 +208,8 @@ def paced(each: Tensor, pace: Literal["soft", "hard", "none"], gamma: float) -> 
     """w of l, without gradient; None: 1."""
     if pace == "none":
         return None
-    l = each.detach()
-    return (l <= gamma).to(l.dtype) if pace == "hard" else (1 - l / gamma).clamp(min=0)
+    loss = each.detach()
+    return (loss <= gamma).to(loss.dtype) if pace == "hard" else (1 - loss / gamma).clamp(min=0)
 
 
 def mean_weight(weights: Tensor | None, positives: Tensor) -> Tensor:

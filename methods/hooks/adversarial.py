@@ -6,8 +6,8 @@ Miyato, Maeda, Koyama and Ishii, "Virtual adversarial training", TPAMI 2019, htt
     r    = ε d                                                              (m, c, s, s), without gradient
     L    = D(p(x), p(x + r))        D: mean over pixels of KL, p(x) without gradient
 
-Lengths are root mean squares over a crop's pixels, so that ε does not depend on the side: 0.045 is the paper's 2.5 for the 3072
-numbers of an SVHN image. ξ = 0.01, where the paper has 1e-6 in whole length, below what float32 logits can tell apart. P = 1 and
+Lengths are root mean squares over a crop's pixels, so that ε does not depend on the side: 0.045 is the paper's 2.5 for the
+3072 numbers of an SVHN image. ξ = 0.01, where the paper has 1e-6 in whole length, below what float32 can tell apart. P = 1 and
 the weight 1 are the paper's. Passes that look for d leave the running statistics of batch norms alone, and all of them run
 in float32. Contrast-You's hook of this name is another idea, a discriminator of label maps. Transfers: nothing of its own.
 """

@@ -26,8 +26,8 @@ from torch import Generator, Tensor, nn
 
 from medssl.methods import settings
 from medssl.methods.augment import Pair
+from medssl.methods.blend import rotation
 from medssl.methods.hooks.mean_teacher import follow
-from medssl.methods.hooks.mixup import rotation
 from medssl.methods.protocol import UNLABELLED, Loss, Step
 from medssl.methods.ramps import weight
 from medssl.methods.segment import Drawn, Hook, Pass, supervised

@@ -9,10 +9,10 @@ segmentation", Medical Image Analysis 2024, https://doi.org/10.1016/j.media.2024
     L_CC  - mean of  cov(E, H)² / (var E var H)  in windows of `window` cells, both views
     L     redundancy · L_RR (`redundancy_reduction.py`) + boundary · L_CC
 
-Differences from the published code (https://github.com/jizongFox/Contrast-You), whose forms `edges` and `cross_correlation` give for
-known values: its differences go round the image's border and make an edge there, ours are 0 there; windows in which both
-maps are flat have nothing to correlate and scored as perfect there, here they count nowhere, and neither do windows that reach
-beyond the map or show what is not slice. Negative covariance has no gradient, as there.
+Differences from the published code (https://github.com/jizongFox/Contrast-You), whose forms `edges` and `cross_correlation`
+give for known values: its differences go round the image's border and make an edge there, ours are 0 there; windows in which
+both maps are flat have nothing to correlate and scored as perfect there, here they count nowhere, and neither do windows that
+reach beyond the map or show what is not slice. Negative covariance has no gradient, as there.
 K = 40, three linear heads, windows of 5 and power 0.75 are those of the experiments on ACDC; boundary 1 against redundancy 1,
 on prostates 0.1. As a hook it stands beside the supervised loss; the paper pretrains with it.
 Transfers: nothing of its own.
@@ -55,7 +55,7 @@ class Config(settings.Hook):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.alpha <= 1 or self.clusters < 2 or self.heads < 1 or min(self.balance, self.power) <= 0:
-            raise ValueError("expected alpha from 0 to 1, clusters of at least 2, heads of at least 1, balance and power above 0")
+            raise ValueError("expected alpha in [0, 1], clusters of at least 2, heads of at least 1, balance and power above 0")
         if min(self.redundancy, self.boundary) < 0 or self.redundancy + self.boundary == 0:
             raise ValueError("redundancy and boundary: expected weights of at least 0, not both 0")
         if self.window < 3 or self.window % 2 == 0:

@@ -21,8 +21,8 @@ from torch import Generator, Tensor, nn
 
 from medssl.methods import agreement, settings
 from medssl.methods.augment import Pair
+from medssl.methods.blend import another, beta
 from medssl.methods.hooks.mean_teacher import follow
-from medssl.methods.hooks.mixup import another, beta
 from medssl.methods.protocol import Loss, Step
 from medssl.methods.ramps import weight
 from medssl.methods.segment import Drawn, Hook, Pass

@@ -1,14 +1,14 @@
 """Information maximisation: be sure of every pixel, and use all classes over the batch.
 
-Hu, Miyato, Tokui, Matsumoto and Sugiyama, "Learning discrete representations via information maximizing self-augmented training",
-ICML 2017, https://arxiv.org/abs/1702.08720 (IMSAT), after Krause, Perona and Gomes, NeurIPS 2010.
+Hu, Miyato, Tokui, Matsumoto and Sugiyama, "Learning discrete representations via information maximizing self-augmented
+training", ICML 2017, https://arxiv.org/abs/1702.08720 (IMSAT), after Krause, Perona and Gomes, NeurIPS 2010.
 
     L = mean over pixels of H(p) - μ H(mean over pixels of p)           p (m, K, s, s), H in nats; averaged over x and T x
 
 Differences from the paper: what keeps an answer the same under changes (its "SAT") is a term of its own, `adversarial.py` or
-`consistency.py`. μ is 1, as in Contrast-You (https://github.com/jizongFox/Contrast-You), which weighs L by 0.001, because classes of
-an image are far from equally many; the paper has 4. `dynamic` lets μ rise by 0.01 (ln K - H(mean)) a step, which is the state of
-this hook. Transfers: nothing of its own.
+`consistency.py`. μ is 1, as in Contrast-You (https://github.com/jizongFox/Contrast-You), which weighs L by 0.001, because
+classes of an image are far from equally many; the paper has 4. `dynamic` lets μ rise by 0.01 (ln K - H(mean)) a step, which is
+the state of this hook. Transfers: nothing of its own.
 """
 
 import math

@@ -1,35 +1,37 @@
-"""Mixup: a blend of two labelled crops is of both their classes, in the same shares.
+"""Mixup: a mixture of two images shall be predicted as the same mixture of their labels.
 
-Zhang, Cisse, Dauphin and Lopez-Paz, "mixup: beyond empirical risk minimization", ICLR 2018, https://arxiv.org/abs/1710.09412; for
-segmentation: Panfilov et al., ICCV workshops 2019, https://arxiv.org/abs/1908.04388.
+Zhang, Cisse, Dauphin and Lopez-Paz, "mixup: beyond empirical risk minimization", ICLR 2018, https://arxiv.org/abs/1710.09412.
+It learns from labelled slices alone; with global and local contrast it is one of the complements of
+https://arxiv.org/abs/2006.10511, whose alpha this is.
 
-    λ    ~ Beta(α, α), one for the step
-    x'   = λ x + (1 - λ) x_π                    (n, c, s, s), labelled crops; π a rotation of the worker's crops, never by 0
-    L    = λ CE(p(x'), y) + (1 - λ) CE(p(x'), y_π)                           each the mean over its own labelled pixels
+    λ ~ Beta(α, α), one per step       x̃_i = λ x_i + (1 - λ) x_j           (n, c, s, s)
+    L = λ ℓ(f(x̃_i), y_i) + (1 - λ) ℓ(f(x̃_i), y_j)
 
-Differences from the paper: blends are a term beside the plain crops and not in their place, as in Contrast-You
-(https://github.com/jizongFox/Contrast-You), which writes the same gradient as KL, takes T x for the second half of the blends,
-and weighs it by 0.01. α = 1 is both theirs. Unlabelled slices are not asked for. Transfers: nothing of its own.
+ℓ is the supervised loss of `segment.py`. Its cross-entropy is that with the mixed label. The partner j lies half a batch away:
+batches have a random order, and crops of one slice are neighbours.
+
+Differences from the paper: the term stands beside the supervised loss of the images as they are, which is the case λ = 1, so
+that it costs a forward pass more; the overlap of a mixture is the mixture of two overlaps, for a label here has one class.
+Transfers: nothing of its own.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 
 from medssl.methods import settings
 from medssl.methods.augment import Pair
 from medssl.methods.protocol import Loss, Step
 from medssl.methods.ramps import weight
-from medssl.methods.segment import Drawn, Hook, Pass, cross_entropy
+from medssl.methods.segment import Drawn, Hook, Pass, supervised
 
 LABELLED_ONLY = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(settings.Hook):
-    weight: float = 0.01
-    alpha: float = 1.0  # of the Beta distribution
+    alpha: float = 0.1  # α: near 0 one of the two images nearly alone, 1 for any share alike
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,37 +47,23 @@ class Mixup(nn.Module):
         super().__init__()
         self.config = config
 
-    def draw(self, pair: Pair | None, rng: Generator) -> Drawn:
-        """λ, and where in [0, 1) the rotation lies: how many labelled crops there are is not said here."""
-        return {"share": beta(self.config.alpha, rng), "turn": torch.rand((), generator=rng, device=rng.device)}
+    def draw(self, pair: Pair, rng: Generator) -> Drawn:
+        """λ, (), as the share that one of two gamma variates has of both."""
+        shape = torch.full((2,), self.config.alpha, dtype=torch.float64, device=rng.device)
+        one, other = torch._standard_gamma(shape, generator=rng).clamp(min=1e-300)
+        return {"share": (one / (one + other)).float()}
 
     def terms(self, pass_: Pass, drawn: Drawn, step: Step) -> Loss:
-        image, labels, share = pass_.views.images[0], pass_.views.labels, drawn["share"]
-        assert labels is not None  # Segment.loss has seen them
-        partner = rotation(len(image), drawn["turn"])
-        logits = pass_.network(torch.lerp(image[partner], image, share))
-        term = share * cross_entropy(logits, labels) + (1 - share) * cross_entropy(logits, labels[partner])
-        return Loss({"cross_entropy": weight(self.config, step) * term})
+        images, labels, share = pass_.views.images[0], pass_.views.labels, drawn["share"]
+        assert labels is not None  # Segment.loss has seen to it
+        across = len(images) // 2
+        logits = pass_.network(share * images + (1 - share) * images.roll(across, 0))
+        both = (supervised(logits, y, pass_.config) for y in (labels, labels.roll(across, 0)))
+        ours, theirs = (torch.stack(list(terms.values())).sum() for terms in both)
+        return Loss({"mixed": weight(self.config, step) * (share * ours + (1 - share) * theirs)}, {"share": share})
 
     def after_step(self, network: nn.Module, step: Step) -> None:
         pass
-
-
-def beta(alpha: float, rng: Generator) -> Tensor:
-    """One draw of Beta(α, α), () float32."""
-    concentration = torch.full((2,), alpha, dtype=torch.float64, device=rng.device)
-    return torch._sample_dirichlet(concentration, generator=rng)[0].float()  # float64: small α underflow
-
-
-def another(count: int, rng: Generator) -> Tensor:
-    """For each of `count` crops another one, by a rotation: (count,) int64. One crop alone meets itself."""
-    return rotation(count, torch.rand((), generator=rng, device=rng.device))
-
-
-def rotation(count: int, turn: Tensor) -> Tensor:
-    """Each place plus 1 to count - 1, around, as `turn` in [0, 1) says."""
-    shift = 1 + (turn * max(count - 1, 1)).floor().long().clamp(max=max(count - 2, 0))
-    return (torch.arange(count, device=turn.device) + shift) % count
 
 
 HOOK: type[Hook] = Mixup

@@ -9,9 +9,9 @@ semi-supervised segmentation", MIDL 2020, https://proceedings.mlr.press/v121/pen
     layer "output"     p itself, S = 1 and K the classes; T p(x) without gradient            local
     L                  Σ over layers of their share · mean over the S heads of - MI          (`clusters.py`)
 
-The heads belong to the hook and are trained with it. Cells that T x does not show count nowhere. Counts are not shifted by their
-least (`shift=true`: the published code, whose values are then not mutual information). Clusters hold their identity only beside
-a consistency term: the paper's method is `--hook mutual-information --hook consistency -o hook.consistency.weight=5`.
+The heads belong to the hook and are trained with it. Cells that T x does not show count nowhere. Counts are not shifted by
+their least (`shift=true`: the published code, whose values are then not mutual information). Clusters hold their identity only
+beside a consistency term: the paper's method is `--hook mutual-information --hook consistency -o hook.consistency.weight=5`.
 
 Defaults are the paper's: K = 20, S = 5, weight 0.1, the encoder and two layers of the decoder at 1 : ½ : ½ and displacements
 up to 1 and 3. The decoder's layers are named for the U-Net of `networks/unet.py`, whose last map is the module "decoder"; its
@@ -99,7 +99,7 @@ class MutualInformation(nn.Module):
 
 def moved(maps: Tensor, pass_: Pass) -> Tensor:
     """T of the clusters' maps (S, m, K, *)."""
-    heads, crops = maps.shape[:2]
+    heads = len(maps)
     return pass_.move(maps.movedim(0, 1).flatten(1, 2)).unflatten(1, (heads, -1)).movedim(1, 0)
 
 

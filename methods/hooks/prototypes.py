@@ -12,8 +12,8 @@ https://arxiv.org/abs/2111.08651.
 
 Differences from the paper: there W takes the place of the network's last layer. A hook cannot replace what predicts, so W is a
 second classifier beside the network's own, and shapes the features that both read; `weight` is a factor of all four terms.
-M = 8 and w_1 = w_2 = 0.001 are the defaults of the published code (https://github.com/jizongFox/Contrast-You), which searched w_1
-to 0.1, w_2 to 10 and λ from 0.1 to 1.4, and has w_3 = 0. Transfers: nothing of its own.
+M = 8 and w_1 = w_2 = 0.001 are the defaults of the published code (https://github.com/jizongFox/Contrast-You), which searched
+w_1 to 0.1, w_2 to 10 and λ from 0.1 to 1.4, and has w_3 = 0. Transfers: nothing of its own.
 """
 
 import math

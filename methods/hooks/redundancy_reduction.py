@@ -1,8 +1,8 @@
 """Redundancy reduction: mutual information whose target lies between what the clusters say and a diagonal.
 
 Peng, Wang, Chen, Pedersoli and Desrosiers, "Boundary-aware information maximization for self-supervised medical image
-segmentation", Medical Image Analysis 2024, https://arxiv.org/abs/2202.02371; its regularised information, which ends where Zbontar
-et al., "Barlow Twins", ICML 2021, https://arxiv.org/abs/2103.03230, stands.
+segmentation", Medical Image Analysis 2024, https://arxiv.org/abs/2202.02371; its regularised information, which ends where
+Zbontar et al., "Barlow Twins", ICML 2021, https://arxiv.org/abs/2103.03230, stands.
 
     P     joint probability of clusters of T features(x) and of features(T x), of every cell     (S, K, K), see `clusters.py`
     Q     α I / K + (1 - α) P

@@ -1,16 +1,16 @@
 """Superpixel contrast: cells of one superpixel have like features, in the crop and in the moved crop; others do not.
 
-Ouyang, Biffi, Chen, Kart, Qiu and Rueckert, "Self-supervision with superpixels", ECCV 2020, https://arxiv.org/abs/2007.09886, has the
-superpixels as pseudo-labels; contrasted, they are a term of Contrast-You (https://github.com/jizongFox/Contrast-You). Superpixels
-are those of Achanta et al., "SLIC superpixels", TPAMI 2012, https://doi.org/10.1109/TPAMI.2012.120.
+Ouyang, Biffi, Chen, Kart, Qiu and Rueckert, "Self-supervision with superpixels", ECCV 2020, https://arxiv.org/abs/2007.09886,
+has the superpixels as pseudo-labels; contrasted, they are a term of Contrast-You (https://github.com/jizongFox/Contrast-You).
+Superpixels are those of Achanta et al., "SLIC superpixels", TPAMI 2012, https://doi.org/10.1109/TPAMI.2012.120.
 
     a        superpixel of each pixel of x, of about `segments` per crop                                    (m, s, s)
-    z        head of the map under the logits, of `places` cells per crop, of T features(x) and of features(T x)   (2 m places, d)
+    z        head of the map under the logits, of `places` cells per crop, of T features(x) and features(T x)   (2 m places, d)
     L        the loss l_ij of `methods/infonce.py`; P(i): cells of i's crop and superpixel, in either view
 
 The superpixels are made on the device, all crops at once: the image blurred by `sigma`, centres on a grid, `rounds` times every
-pixel to the centre nearest in (intensity / compactness, place / grid step) and every centre to the mean of its pixels. Unlike the
-paper a pixel may choose any centre, distance keeping it near; pieces are not joined to make superpixels connected.
+pixel to the centre nearest in (intensity / compactness, place / grid step) and every centre to the mean of its pixels. Unlike
+the paper a pixel may choose any centre, distance keeping it near; pieces are not joined to make superpixels connected.
 Intensities are brought to [0, 1] per crop before. Defaults are Contrast-You's 40 segments, sigma 5 and 64 cells, and
 scikit-image's compactness as 0.1 of that range. Beyond the slice a pixel belongs to none. Transfers: nothing of its own.
 """

@@ -9,7 +9,8 @@ https://arxiv.org/abs/2208.09910.
     L       = ½ CE_b(p_F, q) + ¼ CE_b(p(x_1), q_1) + ¼ CE_b(p(x_2), q_2)
     CE_b    the mean over the pixels of slices of b · cross-entropy
 
-The weak view is that of all hooks: the labelled crops' chain of intensities. Weak and strong share their geometry, as in the paper.
+The weak view is that of all hooks: the labelled crops' chain of intensities. Weak and strong share their geometry, as in the
+paper.
 
 Differences from the paper: its strong intensities are colour jitter (brightness and contrast by ± 0.5 in four of five images)
 and blur, with colour and greyscale besides; ours scale and shift by ± 0.5 and ± 0.25 and blur, of half the images, by up to 2
@@ -27,8 +28,8 @@ from torch import Generator, Tensor, nn
 
 from medssl.methods import agreement, augment, settings
 from medssl.methods.augment import Pair
+from medssl.methods.blend import another
 from medssl.methods.hooks.cutmix import half_boxes
-from medssl.methods.hooks.mixup import another
 from medssl.methods.protocol import Loss, Step
 from medssl.methods.ramps import weight
 from medssl.methods.segment import Drawn, Hook, Pass
