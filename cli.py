@@ -51,8 +51,11 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    log: Annotated[str, typer.Option("--log", help="Messages on the console: debug, info, warning or error.")] = "warning",
 ) -> None:
-    pass
+    from medssl.platform import logs
+
+    logs.console(log)
 
 
 def _print(value: Any, as_json: bool, text: str) -> None:

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from medssl.methods import gather
 
 
+REDUCED = 1e-5  # e of `reduced`
+
+
 class Clusters(nn.Module):
     """S heads that assign features to K clusters: a linear layer on every pixel, or two with a rectifier between, and softmax.
 
@@ -68,14 +71,19 @@ def joint(x: Tensor, y: Tensor, valid: Tensor | None = None, symmetric: bool = T
     if valid is not None:
         x = x * valid[:, None]
     a, b = (each.movedim(2, -1).flatten(1, -2) for each in (x, y))
-    return normalised(torch.einsum("snk,snl->skl", a, b), symmetric)
+    with torch.autocast(x.device.type, enabled=False):
+        return normalised(_joint(torch.einsum("snk,snl->skl", a, b)), symmetric)
 
 
 def normalised(counts: Tensor, symmetric: bool = True) -> Tensor:
-    """Counts (*, K, K) of this worker's cases as the joint probability over all workers'."""
-    counts = gather.stack(counts).sum(0)
+    """Counts (*, K, K) as joint probabilities."""
     p = counts / counts.sum((-2, -1), keepdim=True).clamp_min(1e-30)
     return (p + p.transpose(-2, -1)) / 2 if symmetric else p
+
+
+def _joint(counts: Tensor) -> Tensor:
+    """The counts of all workers' cases."""
+    return gather.stack(counts).sum(0)
 
 
 def negative_information(p: Tensor, balance: float = 1.0, tiny: float = 1e-10) -> Tensor:
@@ -83,6 +91,16 @@ def negative_information(p: Tensor, balance: float = 1.0, tiny: float = 1e-10) -
     rows, columns = p.sum(-1, keepdim=True), p.sum(-2, keepdim=True)
     ratio = (p + tiny).log() - balance * (rows + tiny).log() - balance * (columns + tiny).log()
     return -(p * ratio).sum((-2, -1))
+
+
+def reduced(p: Tensor, alpha: float, balance: float = 1.0, attached: bool = True) -> Tensor:
+    """L of joint probabilities (*, K, K) whose target lies between them and a diagonal: see `hooks/redundancy_reduction.py`."""
+    size = p.shape[-1]
+    target = alpha * torch.eye(size, dtype=p.dtype, device=p.device) / size + (1 - alpha) * p
+    if not attached:
+        target = target.detach()
+    marginals = (p.sum(-1, keepdim=True) + REDUCED).log() + (p.sum(-2, keepdim=True) + REDUCED).log()
+    return (balance * p * marginals - target * (p + REDUCED).log()).sum((-2, -1))
 
 
 def displaced(x: Tensor, y: Tensor, reach: int) -> Tensor:
@@ -118,7 +136,7 @@ def local_information(
     """
     losses = []
     for window in windows(x.shape[3:], patch):
-        counts = displaced(x[(..., *window)], y[(..., *window)], reach)
+        counts = _joint(displaced(x[(..., *window)], y[(..., *window)], reach))
         if shift:
             counts = counts - counts.detach().amin((0, 2, 3), keepdim=True) + tiny
         losses.append(negative_information(normalised(counts, symmetric), balance, tiny).mean(0))

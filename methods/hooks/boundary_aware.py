@@ -28,7 +28,6 @@ from torch import Generator, Tensor, nn
 from medssl.methods import agreement, clusters, settings
 from medssl.methods.augment import Pair
 from medssl.methods.hooks.mutual_information import moved
-from medssl.methods.hooks.redundancy_reduction import reduced
 from medssl.methods.protocol import Loss, Step
 from medssl.methods.ramps import weight
 from medssl.methods.segment import Drawn, Hook, Pass, initial
@@ -82,7 +81,7 @@ class BoundaryAware(nn.Module):
         terms = {}
         if config.redundancy:
             p = clusters.joint(moved(x, pass_), y, clusters.within(pair.valid, y.shape[3:]))
-            terms["redundancy"] = factor * config.redundancy * reduced(p, config.alpha, config.balance).mean()
+            terms["redundancy"] = factor * config.redundancy * clusters.reduced(p, config.alpha, config.balance).mean()
         if config.boundary:
             views = ((pair.image, x, pair.inside), (pair.moved, y, pair.valid))
             losses = [boundary(*view, config.window, config.power) for view in views]

@@ -16,8 +16,7 @@ As a hook on unlabelled crops it stands beside the supervised loss; the paper pr
 
 from dataclasses import dataclass
 
-import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 
 from medssl.methods import clusters, settings
 from medssl.methods.augment import Pair
@@ -26,8 +25,6 @@ from medssl.methods.protocol import Loss, Step
 from medssl.methods.ramps import weight
 from medssl.methods.segment import Drawn, Hook, Pass, initial
 from medssl.methods.taps import Taps, channels
-
-TINY = 1e-5  # e
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +62,11 @@ class RedundancyReduction(nn.Module):
         config = self.config
         x, y = (self.head(self.taps.taken(logits)[config.layer]) for logits in (pass_.image, pass_.moved))
         p = clusters.joint(moved(x, pass_), y, clusters.within(pass_.pair.valid, y.shape[3:]))
-        loss = reduced(p, config.alpha, config.balance, config.attached).mean()
+        loss = clusters.reduced(p, config.alpha, config.balance, config.attached).mean()
         return Loss({"information": weight(config, step) * loss})
 
     def after_step(self, network: nn.Module, step: Step) -> None:
         pass
-
-
-def reduced(p: Tensor, alpha: float, balance: float = 1.0, attached: bool = True) -> Tensor:
-    """L of each joint probability (*, K, K)."""
-    size = p.shape[-1]
-    target = alpha * torch.eye(size, dtype=p.dtype, device=p.device) / size + (1 - alpha) * p
-    if not attached:
-        target = target.detach()
-    marginals = (p.sum(-1, keepdim=True) + TINY).log() + (p.sum(-2, keepdim=True) + TINY).log()
-    return (balance * p * marginals - target * (p + TINY).log()).sum((-2, -1))
 
 
 HOOK: type[Hook] = RedundancyReduction

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl.methods import agreement, clusters, infonce, optimizers
-from medssl.methods.hooks import boundary_aware, information_maximisation, prototypes, redundancy_reduction
+from medssl.methods.hooks import boundary_aware, information_maximisation, prototypes
 from medssl.methods.hooks.mean_teacher import follow
 from medssl.methods.hooks.uncertainty_mean_teacher import among_sure, bound
 from medssl.methods.protocol import Step
@@ -213,11 +213,11 @@ def redundancy() -> Values:
     values: Values = {"joint": p[0]}
     for case in KNOWN["redundancy_reduction"]["cases"]:
         alpha, balance = (float(part.lstrip("alphm")) for part in case.split("_"))
-        values[f"cases/{case}"] = redundancy_reduction.reduced(p, alpha, balance)[0]
+        values[f"cases/{case}"] = clusters.reduced(p, alpha, balance)[0]
     counts = clusters.displaced(q1[None], q2[None], 0)[0] / q1[:, 0].numel()  # by the number of pixels, not by their sum
     p = (counts + counts.mT) / 2
     for name, attached in (("target_attached(public code)", True), ("target_detached", False)):
-        (gradient,) = torch.autograd.grad(redundancy_reduction.reduced(p, 0.5, 1.0, attached)[0], q1, retain_graph=True)
+        (gradient,) = torch.autograd.grad(clusters.reduced(p, 0.5, 1.0, attached)[0], q1, retain_graph=True)
         values[f"gradient_alpha0.5_lam1_wrt_q1[0,0,0,0]/{name}"] = gradient[0, 0, 0, 0]
     return values
 
