@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from medssl.methods import gather
 
-
 REDUCED = 1e-5  # e of `reduced`
 
 
@@ -112,7 +111,9 @@ def displaced(x: Tensor, y: Tensor, reach: int) -> Tensor:
     padded = F.pad(x, [reach] * (2 * axes))
     each = []
     for shift in itertools.product(range(2 * reach + 1), repeat=axes):
-        window = padded[(..., *(slice(first, first + side) for first, side in zip(shift, sides, strict=True)))]
+        window = padded
+        for axis, (first, side) in enumerate(zip(shift, sides, strict=True), start=3):
+            window = window.narrow(axis, first, side)
         a, b = (part.movedim(2, -1).flatten(1, -2) for part in (window, y))
         each.append(torch.einsum("snk,snl->skl", a, b))
     return torch.stack(each)
@@ -136,7 +137,8 @@ def local_information(
     """
     losses = []
     for window in windows(x.shape[3:], patch):
-        counts = _joint(displaced(x[(..., *window)], y[(..., *window)], reach))
+        a, b = (each[(slice(None), slice(None), slice(None), *window)] for each in (x, y))
+        counts = _joint(displaced(a, b, reach))
         if shift:
             counts = counts - counts.detach().amin((0, 2, 3), keepdim=True) + tiny
         losses.append(negative_information(normalised(counts, symmetric), balance, tiny).mean(0))

@@ -19,7 +19,7 @@ over the positive pairs, so that its scale does not grow with γ. γ steps with 
 
 Defaults are the pretraining of the published code (https://github.com/jizongFox/Self-paced-Contrastive-Learning), its
 partition and patient terms at 1 and 0.1, with soft pace from 5 to 60 and the views of `simsiam.py`.
-Transfers: the encoder. The head is dropped.
+In 3D an element is a volume, its position that of the middle of its first view. Transfers: the encoder; the head is dropped.
 """
 
 from collections.abc import Mapping
@@ -93,14 +93,18 @@ class InfoNCE(nn.Module):
     def augment(self, batch: Batch, rng: Generator) -> Views:
         """Two crops of every slice, and what its slice shares with others."""
         held, views = pairs.held_views(batch, self.config, rng, "infonce")
-        return replace(views, groups={key: held[key] for key in ("position", "depth", "patient", "phase") if key in held})
+        groups = {key: held[key] for key in ("position", "depth", "patient", "phase") if key in held}
+        if "position" not in groups:
+            middle = views.corners[0][:, 2] + views.extents[0][:, 2] / 2
+            groups["position"] = middle / held["size"][:, 2]
+        return replace(views, groups=groups)
 
     def loss(self, views: Views, step: Step) -> Loss:
         config = self.config
         maps = [self.encoder(image) for image in views.images]
         z = [self.head(pairs.feature(each)) for each in maps]
         joint = [gather.rows(each)[0] for each in z]
-        terms, monitors = {}, {}
+        terms, monitors = dict[str, Tensor](), dict[str, Tensor]()
         for kind, share in zip(config.labels, config.shares, strict=True):
             label = meta_label(kind, views.groups, len(z[0]), config.partitions, config.partition)
             each, positives = contrast(joint, gather.rows(label)[0], config.temperature, config.rivals)

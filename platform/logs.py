@@ -2,8 +2,8 @@
 
     logs.LOGGER.info("continues from step %d", step)        "medssl", or `logging.getLogger("medssl.methods.x")` in methods/
 
-`medssl --log info …` sets the level of the console, which is `warning`; the file has every level. Numbers of the training are not
-messages: they are in TensorBoard, in history and in log.txt (`board.py`).
+`medssl --log info …` sets the level of the console, which is `warning`; the file has every level. Numbers of the training are
+not messages: they are in TensorBoard, in history and in log.txt (`board.py`).
 """
 
 import contextlib

@@ -86,7 +86,7 @@ def surface(
     actual = np.where(known, actual, predicted)
     boxes = zip(*(find_objects(ids, max_label=len(tolerance_mm)) for ids in (predicted, actual)), strict=True)
     rows, columns, slices = map(float, spacing_mm)
-    hd95, nsd, asd = [], [], []
+    hd95, nsd, asd = list[float](), list[float](), list[float]()
     for class_id, (pair, tolerance) in enumerate(zip(boxes, tolerance_mm, strict=True), start=1):
         box = _joint_box(*pair)
         distances = _surface_distances(predicted[box] == class_id, actual[box] == class_id, known[box], (slices, rows, columns))

@@ -16,7 +16,7 @@ Transfers: nothing of its own.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ class InfoNCE(nn.Module):
     def terms(self, pass_: Pass, drawn: Drawn, step: Step) -> Loss:
         config, factor = self.config, weight(self.config, step)
         maps = [self.taps.taken(logits)[config.layer] for logits in (pass_.image, pass_.moved)]
-        terms, monitors = {}, {}
+        terms, monitors = dict[str, Tensor](), dict[str, Tensor]()
         for kind, share in zip(config.labels, config.shares or [1.0] * len(config.labels), strict=True):
             z, label, known = self._places(maps, drawn["places"], pass_) if kind == "place" else self._slices(maps, kind, pass_)
             joint = [gather.rows(each)[0] for each in z]
@@ -100,7 +100,9 @@ class InfoNCE(nn.Module):
 
 def averaged_to(maps: Tensor, sides: list[int]) -> Tensor:
     """Maps (m, c, *) averaged to (m, c, *sides)."""
-    return (F.adaptive_avg_pool2d if len(sides) == 2 else F.adaptive_avg_pool3d)(maps, sides)
+    pool: Any = F.adaptive_avg_pool2d if len(sides) == 2 else F.adaptive_avg_pool3d
+    averaged: Tensor = pool(maps, tuple(sides))
+    return averaged
 
 
 HOOK: type[Hook] = InfoNCE

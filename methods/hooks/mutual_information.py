@@ -83,7 +83,8 @@ class MutualInformation(nn.Module):
                 x, y = (heads[name](clusters.pooled(each[name])) for each in features)
                 loss = clusters.negative_information(clusters.joint(x, y), config.balance)
             else:
-                loss = self._local(*(heads[name](each[name]) for each in features), reach, pass_)
+                x, y = (heads[name](each[name]) for each in features)
+                loss = self._local(x, y, reach, pass_)
             terms[name] = factor * share / sum(config.shares) * loss.mean()
         return Loss(terms)
 

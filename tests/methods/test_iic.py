@@ -1,4 +1,4 @@
-"""IIC as a pretraining; known values of its loss are those of tests/methods/hooks/test_known_contrastyou.py."""
+"""IIC as a pretraining; known values of its loss are those of hooks/test_known_contrastyou.py."""
 
 import math
 

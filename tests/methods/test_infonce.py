@@ -1,4 +1,4 @@
-"""InfoNCE with meta-labels as a pretraining; known values of its loss are those of tests/methods/hooks/test_known_contrastyou.py."""
+"""InfoNCE with meta-labels as a pretraining; known values of its loss are those of hooks/test_known_contrastyou.py."""
 
 import torch
 
@@ -36,7 +36,7 @@ def test_each_meta_label_is_a_term_of_its_share_and_the_pace_takes_the_easy_pair
 
 
 def test_partitions_that_count_slices_are_those_of_positions_for_any_depth():
-    for depth in (3, 7, 10, 23):
+    for depth in (4, 7, 10, 23):
         position = torch.arange(depth) / (depth - 1)
         thirds = by_height(position, torch.full((depth,), depth), 3, "thirds")
         assert thirds.tolist() == sorted(thirds.tolist())
