@@ -51,8 +51,11 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    log: Annotated[str, typer.Option("--log", help="Messages on the console: debug, info, warning or error.")] = "warning",
 ) -> None:
-    pass
+    from medssl.platform import logs
+
+    logs.console(log)
 
 
 def _print(value: Any, as_json: bool, text: str) -> None:
@@ -170,8 +173,9 @@ def finetune(
     spatial_dims: Dims = None,
     index: Annotated[int, typer.Option(min=0, help="Which of the k pretrainings of a sweep's arm.")] = 0,
     number: Annotated[int, typer.Option(min=0, help="Which fine-tuning of that pretraining.")] = 0,
+    labelled: Annotated[int | None, typer.Option(min=1, help="Labelled patients; short for -o data.labelled=2.")] = None,
     hooks: Annotated[
-        list[str] | None, typer.Option("--hook", help="A file of methods/hooks/; its settings are -o hooks.NAME.….")
+        list[str] | None, typer.Option("--hook", help="A file of methods/hooks/; its settings are -o hook.NAME.….")
     ] = None,
     files: Files = None,
     overrides: Overrides = None,
@@ -179,7 +183,8 @@ def finetune(
     """Train a segmentation network, from given weights or from scratch, and score it on the test patients."""
     from medssl.platform import single
 
-    stacked = [*(f"hooks.{name}={{}}" for name in hooks or []), *(overrides or [])]
+    budget = [f"data.labelled={labelled}"] if labelled else []
+    stacked = [*(f"hooks.{name}={{}}" for name in hooks or []), *budget, *(overrides or [])]
     given = (start, data, seed, files or [], _dimensioned(stacked, spatial_dims))
     typer.echo(single.finetune(*given, say=_aside, index=index, number=number))
 
@@ -321,7 +326,7 @@ def leaderboard(
     names: Annotated[list[str] | None, typer.Argument(help="Sweeps; default: the newest.")] = None,
     output: Annotated[str, typer.Option("--format", help="table, paper, md, csv, json or html.")] = "table",
     sort: Annotated[str, typer.Option(help="mean, arm, or difference to the control, largest first.")] = "mean",
-    metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
+    metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm, asd_mm or legacy-slice-dice.")] = "dice",
     wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
     phase: Annotated[str | None, typer.Option(help="search or confirm; default: confirm where there is one.")] = None,
     pretrainings: Annotated[
@@ -350,7 +355,7 @@ def report(
     name: Annotated[str | None, typer.Argument(help="A sweep; default: the newest.")] = None,
     out: Annotated[Path | None, typer.Option(help="The file; default: report.html in the sweep's folder.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Folder for every figure as PNG and SVG.")] = None,
-    metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
+    metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm, asd_mm or legacy-slice-dice.")] = "dice",
     wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
 ) -> None:
     """One HTML file with the answer of a sweep, finished or not: verdict, figures, and how to reproduce every number."""

@@ -10,10 +10,13 @@ A batch, as `platform/stream.py` delivers it on the training device, is a dict o
     label     (n, h, w)     uint8 class ids; UNLABELLED where there is no annotation, padding included
     position  (n,)          float32: 0 at the volume's lowest slice, 1 at its highest
     patient, volume, index  (n,) int64: whose slice it is, and its row in the store
+    depth     (n,)          int64: slices of its volume
+    phase     (n,)          int64: of the volume's phases (end diastole, arterial …) which one, by name; -1: none is known
 
 A step of semi-supervised training has m slices more, whose labels, if there are any, do not travel:
 
     unlabelled_image  (m, c, h', w')        unlabelled_size  (m, D)
+    unlabelled_position, _patient, _volume, _depth, _phase  (m,): what contrast by meta-labels asks (`infonce.py`)
 
 Where the network's `spatial_dims` is 3, an element is a volume, and what is said of slices here and in the methods holds for
 volumes: as `platform/volumes.py` delivers it, z axis last and running upwards,

@@ -183,6 +183,7 @@ class Unlabelled(Chain):
     """How hooks are fed: unlabelled slices per step, and the chain of their second view (the first has the labelled one's)."""
 
     batch: int | None = None  # unlabelled slices per step, over all workers together; None: as many as labelled ones
+    track: bool = True  # the running statistics of batch norms follow unlabelled crops, too
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,3 +240,34 @@ class UAFS:
             raise ValueError(f"kernel is {self.kernel}: expected an odd number, so that maps keep their sides")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: expected a probability below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastHook(Hook):
+    """A hook that contrasts features by what their slices share (see `infonce.py`)."""
+
+    layer: str = "encoder"  # a module of the network: "encoder" gives its coarsest map, "decoder" the map under the head
+    labels: tuple[Literal["partition", "patient", "cycle", "self", "place"], ...] = ("partition",)  # meta-labels
+    shares: tuple[float, ...] | None = None  # the weight of each meta-label's term; None: 1 each
+    temperature: float = 0.07  # τ
+    rivals: Literal["all", "negatives"] = "all"  # the denominator: everything else, or other labels and the positive itself
+    partitions: int = 3  # parts of a volume that slices are told apart by
+    partition: Literal["equal", "thirds", "blocks"] = "equal"  # where they end (see `infonce.by_height`)
+    hidden: int = 256  # hidden size of the head
+    d: int = 256  # size of z
+    grid: int = 10  # of "place": the map is averaged to so many cells per axis
+    places: int = 5  # of "place": cells drawn in each crop
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels are {self.labels}: expected one at least, and none twice")
+        if self.shares is not None and (len(self.shares) != len(self.labels) or min(self.shares) < 0):
+            raise ValueError(f"shares are {self.shares} for the labels {self.labels}: expected a weight of at least 0 for each")
+        for name in ("temperature", "partitions", "hidden", "d", "grid", "places"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
+        if self.places > self.grid**2:
+            raise ValueError(f"places is {self.places}: a map of {self.grid} x {self.grid} cells has fewer")
+        if self.partition == "thirds" and self.partitions != 3:
+            raise ValueError(f"partition is thirds and partitions {self.partitions}: expected 3")

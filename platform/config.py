@@ -12,7 +12,8 @@
     resources  where and how often, without effect on results
 
 `-p a.yaml -p b.yaml` stacks mappings, a name such as `-p simsiam-ct` is a preset of methods/presets/, and
-`-o pretrain.training.lr=0.05` sets one key. Torch is never imported here.
+`-o pretrain.training.lr=0.05` sets one key, `-o +key=value` adds one that no file names, `-o ~key` takes one out. Torch is
+never imported here.
 """
 
 import dataclasses
@@ -36,6 +37,8 @@ class Data:
     name: str = "phantom"  # a data set of platform/datasets/, a prepared set, or a folder of scans
     labelled: int | float | None = None  # labelled training patients that fine-tuning may use; below 1: a share; None: all
     labelled_slices: int | None = None  # of their slices; None: all
+    draw: int = 0  # which order labelled patients are taken in; 0: the split's own
+    draws: int = 1  # an arm's repeat number i takes them in order draw + i modulo this: its repeats differ in their labels, too
     split: str = "seed-0"  # a file of the prepared set's splits/; seed-N is drawn by patients on first use
     stream: Literal["auto", "node", "ray"] = "auto"  # one copy in memory per node, or streamed from disk by Ray Data
 
@@ -44,6 +47,8 @@ class Data:
             raise ValueError(f"labelled is {self.labelled}: expected 1 or more, a share of them below 1, or null for all")
         if self.labelled_slices is not None and self.labelled_slices < 1:
             raise ValueError(f"labelled_slices is {self.labelled_slices}: at least 1 labelled slice, or null for all")
+        if self.draw < 0 or self.draws < 1:
+            raise ValueError(f"draw is {self.draw} and draws {self.draws}: expected at least 0, and at least 1")
         if self.labelled_slices is not None and self.stream == "ray":
             raise ValueError("labelled_slices picks slices in memory, stream=ray reads whole volumes; use stream=node")
 
@@ -219,6 +224,53 @@ def override(text: str) -> tuple[str, Any]:
         return name.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UsageError(f'-o "{text}": {value!r} is not a YAML value') from error
+
+
+def overridden(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`tree` with the `-o` of a command line, in their order.
+
+    key=value sets, whether or not the tree names the key; +key=value adds one that it does not name; ~key takes one out that it
+    does, so that its default holds again (of a hook: the hook). `hook.` is `hooks.`.
+    """
+    changed = stack([tree])
+    for text in overrides:
+        keys = override_name(text).split(".")
+        if text.startswith("~"):
+            changed = _without(changed, keys, text)
+            continue
+        if text.startswith("+") and _named(changed, keys):
+            raise UsageError(f'-o "{text}": {".".join(keys)} is set already; leave out the + to replace it')
+        value = override(text.removeprefix("+"))[1]
+        changed = stack([changed, nested({".".join(keys): value})])
+    return changed
+
+
+def override_name(text: str) -> str:
+    """The dotted name of an `-o`, as the tree spells it."""
+    name = text[1:].strip() if text.startswith("~") else override(text.removeprefix("+"))[0]
+    section, *rest = name.split(".")
+    if section not in ("hook", "hooks"):
+        return name
+    return ".".join(["hooks", *(key.replace("-", "_") for key in rest[:1]), *rest[1:]])
+
+
+def _named(tree: Any, keys: list[str]) -> bool:
+    for key in keys:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
+
+
+def _without(tree: Mapping[str, Any], keys: list[str], text: str) -> dict[str, Any]:
+    key, *rest = keys
+    below = tree.get(key)
+    if key not in tree:
+        known = find.nearest(key, tree) if tree else "nothing is set there"
+        raise UsageError(f'-o "{text}": there is no {key} to take out; {known}')
+    if rest:
+        return {**tree, key: _without(below if isinstance(below, Mapping) else {}, rest, text)}
+    return {name: value for name, value in tree.items() if name != key}
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -117,6 +117,7 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
         for section, part in (("pretrain", experiment.pretrain), ("further", experiment.further))
     )
     _refuse_probes(experiment, store, split)
+    _refuse_cycle(experiment, store)
     unlabelled = _resolved_unlabelled(experiment, store, split)
     network = experiment.network
     if getattr(network.settings, "levels", 0) is None:  # from the data alone: arms with and without pretraining share it
@@ -201,6 +202,22 @@ def _resolved_unlabelled(experiment: Experiment, store: Store, split: Split) -> 
     return dataclasses.replace(unlabelled, batch=batch)
 
 
+def _refuse_cycle(experiment: Experiment, store: Store) -> None:
+    """The meta-label "cycle" needs volumes that name their phase."""
+    asking = [part.name for part in (*experiment.hooks, experiment.pretrain) if part and "cycle" in _meta_labels(part)]
+    nameless = sum(volume.phase is None for volume in store.volumes)
+    if asking and nameless:
+        raise UsageError(
+            f'{", ".join(asking)}: the meta-label "cycle" needs the phase of every volume, and {nameless} of {store.name} name '
+            "none; give cases.json a phase and prepare again, or leave the label out"
+        )
+
+
+def _meta_labels(part: Part) -> tuple[str, ...]:
+    labels: tuple[str, ...] = getattr(part.settings, "labels", ())
+    return labels
+
+
 def place(at: float, steps: int) -> int:
     """A step that was given as such, or, below 1, as a fraction of the steps."""
     return max(1, round(at * steps)) if at < 1 else int(at)
@@ -251,12 +268,17 @@ def _content(path: Path, size: int, changed: int) -> str:
 
 
 def labelled_patients(experiment: Experiment, split: Split) -> tuple[str, ...]:
-    """The labelled training patients that fine-tuning may use: a prefix of the split's order, so that budgets nest."""
+    """The labelled training patients that fine-tuning may use: a prefix of the split's order, or of another draw's.
+
+    So budgets nest inside a draw. All arms have the same draws.
+    """
     wanted = experiment.data.labelled
     assert not isinstance(wanted, float), "`resolve` counts them"
     if wanted is not None and wanted > len(split.labelled):
         raise TooFewLabels(f"data.labelled={wanted}: split {split.name} has {len(split.labelled)} labelled training patients")
-    return split.labelled[:wanted]
+    draw = experiment.data.draw
+    order = tuple(drawn(split.labelled, draw, "label draw")) if draw else split.labelled
+    return order[:wanted]
 
 
 def unlabelled_patients(experiment: Experiment, split: Split) -> tuple[str, ...]:
@@ -397,6 +419,7 @@ def _with_training(part: Part, elements: int) -> Part:
 
 def chain(arm: str, index: int, finetunings: int, experiment: Experiment, store: Store, split: Split) -> Chain:
     """Everything that pretraining number `index` of an arm needs, ids included. `experiment` must be resolved."""
+    experiment = _with_draw(experiment, index)
     encoder_seed = experiment.seed * 1000 + index
     pretraining, further, found = None, None, origin(experiment.start)
     if experiment.pretrain:
@@ -435,6 +458,12 @@ def _pretraining(
         *(probed_patients(split) if _probes(part) else []),
     ]
     return Stage("pretrain", f"{part.name}-{digest(what)}", seed, _steps(part), parent, further=section == "further")
+
+
+def _with_draw(experiment: Experiment, index: int) -> Experiment:
+    """The experiment as repeat number `index` of its arm makes it, with the labelled patients that are its turn."""
+    data = experiment.data
+    return dataclasses.replace(experiment, data=dataclasses.replace(data, draw=data.draw + index % data.draws, draws=1))
 
 
 def finetuning(
@@ -530,7 +559,8 @@ def _tuned(experiment: Experiment, of: str) -> str:
 def _budget(experiment: Experiment) -> str:
     data = experiment.data
     counts = {"labelled patients": data.labelled, "labelled slices": data.labelled_slices}
-    return "".join(f", {count} {what}" for what, count in counts.items() if count is not None)
+    told = "".join(f", {count} {what}" for what, count in counts.items() if count is not None)
+    return told + (f" in {data.draws} draws" if data.draws > 1 else "")
 
 
 def _told(part: Part, of: str) -> str:

@@ -26,6 +26,7 @@ from medssl.platform import (
     evaluate,
     find,
     ledger,
+    logs,
     loop,
     metrics,
     partitions,
@@ -133,7 +134,8 @@ def fulfil(job: Job, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
             if done := job.work.site.done(job.stage.id):
                 return done
             if mine:
-                return _do(job, hear)
+                with logs.written(job.folder):
+                    return _do(job, hear)
         time.sleep(0.5)  # another process is at it
 
 
@@ -150,6 +152,8 @@ def _do(job: Job, hear: Hear) -> dict[str, Any]:
     here = torch.cuda.is_available()  # not where workers of their own will have it
     record |= {"device": (torch.cuda.get_device_name() if here else "gpu") if gpu else "cpu"}
     atomic.write_json(job.folder / "run.json", record | {"provenance": provenance()})
+    begins = "continues" if (job.folder / "checkpoint.pt").exists() else "begins"
+    logs.LOGGER.info("%s %s: %d steps, seed %d, on %s", stage.id, begins, stage.steps, stage.seed, record["device"])
     alone = resources.workers == 1  # several workers read the store themselves: cheaper than sending them copies
     result = train.launch(
         functools.partial(_tracked, hear=hear) if alone else _tracked,
@@ -161,6 +165,7 @@ def _do(job: Job, hear: Hear) -> dict[str, Any]:
         cpus_per_worker=resources.cpus,
     )
     done = {**result, "seconds": round(time.time() - begun, 2)}
+    logs.LOGGER.info("%s ended: %s after %.0f seconds", stage.id, done.get("status"), done["seconds"])
     atomic.write_json(job.folder / "done.json", done)
     (job.folder / "checkpoint.pt").unlink(missing_ok=True)  # nothing is left to continue; the weights lie beside it
     return done

@@ -134,8 +134,8 @@ def layers(data: str, files: tuple[Path, ...], overrides: tuple[str, ...], last:
 
     Given weights become an absolute path, and bring their network where medssl pretrained them.
     """
-    given = dict(map(config.override, overrides))
-    tree = config.stack([*map(config.read, files), config.nested(given), last or {}, {"data": {"name": data}}])
+    typed = config.overridden(config.stack(map(config.read, files)), overrides)
+    tree = config.stack([typed, last or {}, {"data": {"name": data}}])
     start = tree.get("start")
     if not isinstance(start, Mapping) or not isinstance(start.get("weights"), str):
         return tree
@@ -195,7 +195,7 @@ def _check(request: Request) -> tuple[ModuleType, dict[str, Settings], dict[str,
             raise UsageError(f"{request.space} compares what only you can give: add -o {name}=…")
     # null switches off, in one arm, what a command line may set for the others
     varied = {key for settings in arms.values() for key, value in settings.items() if value is not None}
-    for name in (config.override(text)[0] for text in request.overrides):
+    for name in map(config.override_name, request.overrides):
         if name in varied:
             raise UsageError(f"-o {name}: that is what {request.space} varies; leave it out, or write your own space file")
     for label, settings in arms.items():

@@ -109,6 +109,52 @@ TABLES: dict[str, dict[str, Any]] = {
     | further(name="local_contrast", regions="paper", scale="rows"),
 }  # fmt: skip
 
+# Contrast-You, sections 1.11 to 2.6 of its fact sheet
+UNET = {"network.name": "unet", "network.width": 16, "network.levels": 5, "network.norm": "batch"}
+ACDC = finetune(
+    name="segment", side=224, crops=1, balanced=False, dice=0, cross_entropy=1, zoom_p=0, flip_p=0.5, rot90_p=0.25,
+    intensity_scale=0.5, intensity_scale_p=1, intensity_shift=0.25, intensity_shift_p=1, blur_p=0, noise_p=0,
+    training__optimizer="adam", training__weight_decay=1e-5, training__end_lr=1e-7,
+) | {f"unlabelled.{key}": value for key, value in {
+    "zoom_p": 0, "flip_p": 0.8, "rot90_p": 0, "intensity_scale_p": 0, "intensity_shift_p": 0, "blur_p": 0, "noise_p": 0,
+}.items()}  # fmt: skip
+BY_LABELS = pretrain(
+    name="infonce", side=224, crop="fixed", iou=None, zoom_p=0, flip_p=0.5, rot90_p=0.5, intensity_scale=0.5,
+    intensity_scale_p=1, intensity_shift=0.25, intensity_shift_p=1, blur_p=0, noise_p=0, temperature=0.07, partitions=3,
+    partition="thirds", hidden=256, d=256,
+    training__optimizer="adam", training__lr=2e-4, training__end_lr=1e-7, training__weight_decay=0,
+)  # fmt: skip
+MI = {"weight": 0.1, "shift": True}
+PACE = {"labels": ("partition", "patient", "cycle"), "shares": (1, 0.1, 0.1), "pace": "soft", "gamma": (5, 60), "power": 0.5}
+
+
+def run(lr: float, epochs: int, batches: int, batch: int, unlabelled: int) -> dict[str, Any]:
+    own = finetune(training__lr=lr, training__steps=epochs * batches, training__batch=batch, training__warmup=10 / epochs)
+    return UNET | ACDC | own | {"unlabelled.batch": unlabelled}
+
+
+def hook(name: str, **values: Any) -> dict[str, Any]:
+    return {f"hooks.{name}.{key}": value for key, value in values.items()}
+
+
+TABLES |= {
+    "finetune-acdc-mi-output": run(4e-5, 100, 300, 4, 10) | hook("consistency", weight=5)  # 2.2
+    | hook("mutual_information", layers=("output",), shares=(1,), reach=(1,), **MI),
+    "finetune-acdc-mi": run(4e-5, 100, 300, 4, 10) | hook("consistency", weight=5)  # 2.3
+    | hook("mutual_information", layers=("encoder", "decoder.blocks.2", "decoder"), shares=(1, 0.5, 0.5), reach=(0, 1, 3),
+           clusters=20, heads=5, **MI),
+    "self-paced-acdc": run(6e-5, 60, 200, 5, 5) | BY_LABELS  # 2.4
+    | pretrain(**PACE, corrected=True, training__steps=80 * 200, training__warmup=10 / 80, training__batch=30)
+    | hook("self_paced", weight=0.1, partitions=3, partition="thirds", temperature=0.07, corrected=True, **PACE),
+    "finetune-acdc-prototypes": run(3e-5, 50, 200, 5, 5) | {"network.width": 32}  # 2.5
+    | hook("prototypes", weight=1, per_class=8, information=0.01, orthogonality=1, balance=1, agreement=0),
+    "boundary-acdc": run(3e-5, 30, 300, 5, 5) | {"network.width": 32} | BY_LABELS  # 2.6
+    | pretrain(labels=("partition",), shares=(1,), pace="none", training__steps=50 * 300, training__warmup=10 / 50,
+               training__batch=6 * 3)
+    | hook("boundary_aware", weight=1, layer="decoder", clusters=40, heads=3, redundancy=1, boundary=1, alpha=0.5, balance=1,
+           window=5, power=0.75),
+}  # fmt: skip
+
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):

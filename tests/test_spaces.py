@@ -228,3 +228,15 @@ def test_semi_supervised_arms_differ_from_their_control_in_hooks_alone():
     typed = config.nested({"hooks.mean_teacher.weight": 3.0})
     settings = space.arms()["supervised, 2"]
     assert not config.build(config.stack([typed, config.nested(settings)])).hooks
+
+
+def test_the_short_table_has_two_draws_of_labels_and_its_arms_differ_in_hooks_alone():
+    space = find.load("space", "semi-supervised-short")
+    base = config.nested(space.DEFAULTS)
+    built = {label: config.build(config.stack([base, config.nested(settings)])) for label, settings in space.arms().items()}
+    assert len(built) == 16
+    assert {experiment.data.draws for experiment in built.values()} == {2}
+    for label, experiment in built.items():
+        tree = {key: value for key, value in experiment.tree().items() if key not in ("hooks", "unlabelled")}
+        assert tree == built[space.COMPARE[label]].tree()
+        assert {hook.name for hook in experiment.hooks} == set(space.STACKS[label.partition(",")[0]])

@@ -64,7 +64,6 @@ network; the parameters of `cross` belong to the hook. At inference nothing of i
 """
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,7 +73,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from medssl.methods import gather, receptive, settings
 from medssl.methods.augment import Pair
@@ -83,6 +81,7 @@ from medssl.methods.protocol import UNLABELLED, Loss, Step
 from medssl.methods.ramps import weight
 from medssl.methods.receptive import Field
 from medssl.methods.segment import Drawn, Hook, Pass
+from medssl.methods.taps import Taps
 from medssl.methods.uafs import Selected
 
 LABELLED_ONLY = True
@@ -333,55 +332,6 @@ def _stratified(group: Tensor, groups: int, count: int, rng: Generator) -> Tenso
 
 
 # -------------------------------------------------------------------------------------------------------------- the hook
-
-
-class Taps:
-    """The outputs of named modules in each training pass of a network, for as long as the network's own output lives.
-
-    Passes without gradients or in evaluation mode, and calls of parts of the network, leave nothing behind.
-    A module whose output a later one rewrites in place is seen as rewritten.
-    """
-
-    def __init__(self, network: nn.Module, names: Sequence[str]):
-        modules = receptive.named(network, names)
-        self.network = weakref.ref(network)
-        self.passes = WeakTensorKeyDictionary()
-        self.current: dict[str, Tensor] | None = None
-        self.handles = [module.register_forward_hook(partial(self._keep, name)) for name, module in modules.items()]
-        self.handles += [network.register_forward_pre_hook(self._begin), network.register_forward_hook(self._end)]
-
-    def _begin(self, network: nn.Module, inputs: Any) -> None:
-        if network is self.network():
-            self.current = {} if network.training and torch.is_grad_enabled() else None
-
-    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if self.current is None:
-            return
-        if name in self.current:
-            raise ValueError(f'pdcr: the module "{name}" runs twice in one pass, so that its features are not one map')
-        self.current[name] = output
-
-    def _end(self, network: nn.Module, inputs: Any, output: Any) -> None:
-        if network is self.network() and self.current is not None:
-            logits = output[0] if isinstance(output, list | tuple) else output  # deep supervision: the finest come first
-            self.passes[logits], self.current = self.current, None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Taps":
-        """Itself: copies of the network, such as teachers, are not tapped."""
-        return self
-
-    def taken(self, logits: Tensor) -> dict[str, Tensor]:
-        """The features of the pass that gave `logits`, which are then forgotten. Raises ValueError when it was not seen."""
-        found: dict[str, Tensor] | None = self.passes.pop(logits, None)
-        if found is None:
-            raise ValueError("pdcr: these logits come from no training pass of the tapped network; are the taps removed?")
-        return found
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.passes.clear()
-        self.current = None
 
 
 @dataclass(frozen=True)
