@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -367,9 +368,38 @@ def run(
     against: str | None = None,
     price: float | None = None,
     max_cost: float | None = None,
+    shutdown: bool = False,
     say: Say,
 ) -> str:
-    """Do what is missing of a sweep and answer with its leaderboard."""
+    """Do what is missing of a sweep and answer with its leaderboard.
+
+    shutdown   then take down the cluster, however the sweep ended, by the command in MEDSSL_SHUTDOWN on this machine
+    """
+    if not shutdown:
+        return _run(request, time_budget, address, wanted, against, price, max_cost, say)
+    ending = os.environ.get("MEDSSL_SHUTDOWN")
+    if not ending:
+        raise UsageError(
+            "--shutdown-when-done: this machine does not say how (MEDSSL_SHUTDOWN, a shell command, is not set); it is meant "
+            "for a cluster's head, see `medssl cluster render`"
+        )
+    try:
+        return _run(request, time_budget, address, wanted, against, price, max_cost, say)
+    finally:
+        say(f"shutting down: {ending}")
+        subprocess.Popen(["sh", "-c", f"sleep 5; {ending}"], start_new_session=True)  # the answer is printed before
+
+
+def _run(
+    request: Request,
+    time_budget: str | None,
+    address: str | None,
+    wanted: float,
+    against: str | None,
+    price: float | None,
+    max_cost: float | None,
+    say: Say,
+) -> str:
     request = _settled(request)
     if against not in (None, *AGAINST):
         raise UsageError(f"--against {against}: {find.nearest(against, AGAINST)}")
@@ -393,6 +423,8 @@ def run(
                 (sweep.folder / "stop").unlink(missing_ok=True)
                 meter = spending.Meter(sweep.folder, price=price, limit=max_cost, machines=_machines)
                 nested = None if meter.exhausted else _fit(sweep, space, controls, grid, request.trials, seconds, meter, say)
+            if address:
+                say(spending.idle(meter.now, _machines()))
     failed = {arm.label: arm.failed for arm in nested.arms.values() if arm.failed} if nested else {}
     if nested and (failed or nested.impossible):
         with contextlib.suppress(RunError):  # nothing to rank: the reasons say enough
