@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from medssl.platform import atomic, catalogue, config, find, ledger, plan, spending, trackers
+from medssl.platform import atomic, catalogue, config, find, ledger, places, plan, spending, trackers
 from medssl.platform.config import Experiment
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain
@@ -37,6 +37,7 @@ Settings = Mapping[str, Any]  # dotted
 SEARCHES = ("grid", "race", "tpe", "gp", "random")
 CONFIRM = 5  # fresh pretrainings against as many: the smallest p is 1/126, enough for Holm over a handful of comparisons
 FRESH = 10_000  # pretrainings of a plan that no arm has yet are counted from here
+PATIENCE = 60.0  # seconds that a trial waits for the slices which its node shares, before it reads them itself
 AGAINST = ("gpu-hours", "labels")
 LEAST_RACE = 4  # pretrainings per arm of the grid that a race stands for: it begins with half of them everywhere
 
@@ -342,10 +343,11 @@ def _outlook(
         measured = calibration.measure(chains, store, split, say)
     if address:
         with connected(address):
-            hands = planner.cluster()
+            hands, machines = planner.cluster(), places.machines()
     else:
         hands = planner.this_machine()
-    at_once = _share(base.resources, hands.resources)[1]
+        machines = [hands.resources]
+    at_once = places.share(base.resources, machines)[1]
     found = planner.noise(site, store, split, base.evaluate.metric)
     lines = planner.describe(chains, site, hands, at_once, planner.Paces(site, measured), price)
     lines += planner.power(found, sweep.k, sweep.m, max(comparisons, 1), wanted)
@@ -573,7 +575,7 @@ def _fit(
     )
     pretrain = plan.resolve(shared_by_all, store, split).pretrain
     probing = sweep.search != "grid" and pretrain is not None and getattr(pretrain.training, "probes", 0) > 0
-    share, at_once = _share(resources, ray.cluster_resources())
+    share, at_once = places.share(resources, places.machines())
     meter.places(at_once)
     shared = ray.remote(num_cpus=1)(_arrays).remote(sweep.store, sweep.split)
     trainable = tune.with_resources(tune.with_parameters(_trial, sweep=sweep, shared=[shared]), share)
@@ -621,7 +623,7 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
         experiment = plan.resolve(sweep.experiment(settings["settings"]), store, split)
         chain = plan.chain(settings["arm"], settings["index"], sweep.m, experiment, store, split)
         site = Site(data=sweep.store.parent, runs=sweep.folder.parent.parent)
-        work = stages.Work(site, sweep.store, split, ray.get(shared[0]), sweep.folder.name)
+        work = stages.Work(site, sweep.store, split, _shared(shared[0]), sweep.folder.name)
 
         def tell(scores: list[float]) -> None:
             report = {"score": sum(scores) / len(scores), "failed": "", "complete": len(scores) == len(chain.finetunings)}
@@ -640,6 +642,19 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
             torch.cuda.empty_cache()
 
 
+def _shared(copy: Any) -> Any:
+    """The shared copy; None, so that stages read the store themselves, where it has not come after `PATIENCE`.
+
+    A copy that died with its node is made again by a task that needs a core: trials that hold them all must not wait for it.
+    """
+    import ray
+
+    try:
+        return ray.get(copy, timeout=PATIENCE)
+    except ray.exceptions.GetTimeoutError:
+        return None
+
+
 def _arrays(store: Path, split: str) -> dict[str, Any] | None:
     """The node's shared copy of the slices, read in a worker; None when the set is too large and must be streamed."""
     from medssl.platform import stream
@@ -649,20 +664,6 @@ def _arrays(store: Path, split: str) -> dict[str, Any] | None:
     if not stream.fits(opened):
         return None
     return {part: stream.Slices.read(opened, patients=getattr(parts, part)).arrays() for part in ("train", "val", "test")}
-
-
-def _share(resources: config.Resources, cluster: Mapping[str, float]) -> tuple[dict[str, float], int]:
-    """What one trial holds, and how many may run at a time so that the worker groups of all of them find their place."""
-    gpus = resources.gpus if resources.gpus is not None else float(cluster.get("GPU", 0) >= 1)
-    need = {"CPU": float(resources.cpus * resources.workers), "GPU": gpus * resources.workers}
-    at_once = min(int(cluster.get(kind, 0) // amount) for kind, amount in need.items() if amount)
-    if at_once < 1:
-        wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items() if amount)
-        raise UsageError(
-            f"a stage needs {wanted}, the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU"
-        )
-    # Tune refuses a trial that asks for nothing; a mebibyte of memory is next to nothing, and no core of the workers'
-    return (need if resources.workers == 1 else {"CPU": 0.0, "memory": float(2**20)}), at_once
 
 
 @contextlib.contextmanager
