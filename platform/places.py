@@ -1,8 +1,8 @@
 """Where stages find their place: what a trial holds, and how many trials may run at a time so that none waits for ever.
 
-A one-worker stage runs inside its trial, which holds the stage's cores and GPU share. A stage of several workers opens a group of
-its own from within a trial that holds nothing that its workers need, and a group is placed whole or not at all. So trials
-cannot hold what others wait for, if as many run at a time as groups find place: machine by machine, as a worker cannot be split
+A one-worker stage runs inside its trial, which holds the stage's cores and GPU share. A stage of several workers opens a
+group of its own from within a trial that holds nothing that its workers need, and a group is placed whole or not at all. So
+trials cannot hold what others wait for, if as many run at a time as groups find place: machine by machine, as a worker cannot be split
 over two. Where machines die, fewer groups are up and the others wait; they have nothing that the running ones lack.
 """
 
@@ -87,7 +87,8 @@ def fraction(peak: float, memory: float, cpus: int = 1, cores: float = math.inf,
     each = peak + CONTEXT
     if each > memory:
         raise UsageError(
-            f"a stage needs {each / 1e9:.1f} GB, the GPU has {memory / 1e9:.1f}; lower training.batch, or raise training.accumulate"
+            f"a stage needs {each / 1e9:.1f} GB, the GPU has {memory / 1e9:.1f}; "
+            "lower training.batch, or raise training.accumulate"
         )
     together = int(min(MOST * memory / each, cores / gpus / cpus, 1 / max(busy, SMALLEST) + 1e-9, 1 / SMALLEST))
-    return math.floor(100 / together) / 100 if together > 1 else 1.0
+    return math.floor(10_000 / together) / 10_000 if together > 1 else 1.0

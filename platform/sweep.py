@@ -609,7 +609,6 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
     """One chain, in a Tune actor that has run others before and will run more: it leaves nothing behind in the process."""
     import gc
 
-    import ray
     import torch
     from ray import tune
 
