@@ -1,6 +1,7 @@
 """The command line. It parses words and prints answers; what is done lies in platform/. Torch and ray load inside commands."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,7 +56,10 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    pass
+    if "://" in os.environ.get("MEDSSL_RUNS", ""):  # a store that other machines write, too
+        from medssl.platform.site import Site
+
+        Site.here().refresh()
 
 
 def _print(value: Any, as_json: bool, text: str) -> None:

@@ -2,8 +2,8 @@
 
 A one-worker stage runs inside its trial, which holds the stage's cores and GPU share. A stage of several workers opens a
 group of its own from within a trial that holds nothing that its workers need, and a group is placed whole or not at all. So
-trials cannot hold what others wait for, if as many run at a time as groups find place: machine by machine, as a worker cannot be split
-over two. Where machines die, fewer groups are up and the others wait; they have nothing that the running ones lack.
+cannot hold what others wait for, if as many run at a time as groups find place: machine by machine, as no worker is split over
+two. Where machines die, fewer groups are up and the others wait; they have nothing that the running ones lack.
 """
 
 import math

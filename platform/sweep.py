@@ -423,10 +423,14 @@ def _run(
                     raise RunError(f"{sweep.folder.name} is being run by another process; `medssl status` shows it")
                 sweep.save()
                 (sweep.folder / "stop").unlink(missing_ok=True)
+                Site.here().push(sweep.folder)
                 meter = spending.Meter(sweep.folder, price=price, limit=max_cost, machines=_machines)
                 nested = None if meter.exhausted else _fit(sweep, space, controls, grid, request.trials, seconds, meter, say)
             if address:
                 say(spending.idle(meter.now, _machines()))
+    site = Site.here()
+    site.push(sweep.folder)
+    site.refresh()  # what other machines have scored
     failed = {arm.label: arm.failed for arm in nested.arms.values() if arm.failed} if nested else {}
     if nested and (failed or nested.impossible):
         with contextlib.suppress(RunError):  # nothing to rank: the reasons say enough
@@ -443,6 +447,7 @@ def _run(
     answer = leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted)
     chosen = _chosen(sweep, nested) if nested and (sweep.search != "grid" or sweep.confirm) else ""
     front = f"\n{pareto(sweep, against)}" if against else ""
+    site.push(sweep.folder)
     return answer + chosen + front
 
 
@@ -558,7 +563,9 @@ def _fit(
         if index not in asked:
             asked.append(index)
             atomic.write_json(sweep.folder / "repeats.json", repeats, durable=False)
+            site.push(sweep.folder)
 
+    site = Site.here()
     store = Store.open(sweep.store)
     split = catalogue.split(store, sweep.split)
     nested = search.NestedSearch(
@@ -578,7 +585,9 @@ def _fit(
     share, at_once = places.share(resources, places.machines())
     meter.places(at_once)
     shared = ray.remote(num_cpus=1)(_arrays).remote(sweep.store, sweep.split)
-    trainable = tune.with_resources(tune.with_parameters(_trial, sweep=sweep, shared=[shared]), share)
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, sweep=sweep, shared=[shared], remote=Site.here().remote), share
+    )
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -605,7 +614,7 @@ def _fit(
     return nested
 
 
-def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
+def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any], remote: str | None = None) -> None:
     """One chain, in a Tune actor that has run others before and will run more: it leaves nothing behind in the process."""
     import gc
 
@@ -621,7 +630,7 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
     try:
         experiment = plan.resolve(sweep.experiment(settings["settings"]), store, split)
         chain = plan.chain(settings["arm"], settings["index"], sweep.m, experiment, store, split)
-        site = Site(data=sweep.store.parent, runs=sweep.folder.parent.parent)
+        site = Site(sweep.store.parent, sweep.folder.parent.parent, remote)
         work = stages.Work(site, sweep.store, split, _shared(shared[0]), sweep.folder.name)
 
         def tell(scores: list[float]) -> None:

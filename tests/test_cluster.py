@@ -23,7 +23,7 @@ from medssl.methods import gather
 from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import Loss, Views
 from medssl.methods.settings import Training
-from medssl.platform import catalogue, checkpoint, loop, places, sweep, train
+from medssl.platform import catalogue, checkpoint, loop, places, planner, sweep, train
 from medssl.platform.config import Resources
 from medssl.platform.datasets import phantom
 from medssl.platform.errors import UsageError
@@ -368,6 +368,61 @@ def test_waiting_stages_bring_nodes_up_and_idle_ones_leave_until_none_is_left(al
         wait_for(lambda: workers() == 0, 60)
 
 
+# Streams
+
+
+@pytest.mark.slow
+def test_a_store_larger_than_the_object_store_streams_sharded_in_order_and_from_any_step(alone, tmp_path):
+    """160 MB of pixels through an object store of 80 MB, for two workers: each slice once per epoch, whatever the start."""
+    import ray
+
+    from medssl.platform import stream
+
+    store = large(tmp_path / "store")
+    count = sum(volume.slices for volume in store.volumes)
+    ray.shutdown()
+    ray.init(num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        batch, steps = 64, count // 64
+
+        def take(rank: int, start: int, stop: int) -> list[list[int]]:
+            batches = stream.ray_batches(store, None, None, batch, seed=3, start=start, rank=rank, world=2)
+            return [next(batches)["index"].tolist() for _ in range(start, stop)]
+
+        whole = [take(rank, 0, steps) for rank in (0, 1)]
+        assert sorted(index for part in whole for step in part for index in step) == list(range(count))
+        assert take(1, steps // 2, steps) == whole[1][steps // 2 :]
+        assert ray.cluster_resources()["object_store_memory"] < sum(file.stat().st_size for file in store.files)
+    finally:
+        ray.shutdown()
+
+
+def large(root: Path) -> Any:
+    """A store of 640 incompressible slices of 512 x 512 in ten files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from medssl.platform import geometry, ingest
+    from medssl.platform.store import Store, VolumeRecord
+
+    rng, side, depth, files, records = np.random.default_rng(0), 512, 64, [], []
+    (root / "slices").mkdir(parents=True)
+    for number in range(10):
+        name = f"v{number}"
+        shape = {"height": side, "width": side, "channels": 1, "spacing_mm": (1.0, 1.0, 1.0), "foreground": None}
+        place = [{"patient": name, "volume": name, "slice_index": k, "position": k / (depth - 1), "label": None} for k in range(depth)]
+        rows = [each | {"image": rng.bytes(side * side)} | shape for each in place]
+        files.append(root / "slices" / f"part-{number:05}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows, ingest.schema()), files[-1])
+        known = (name, name, None, False, depth, side, side, 1, (1.0, 1.0, 1.0), None)
+        records.append(VolumeRecord(*known, geometry={}, digest=""))
+    preset = geometry.Preset(None, None, (1.0, 99.0), foreground_box=False, pad=0, dtype="uint8")
+    about = ("test", ("background", "x"), None, "", "", {}, preset, "hash", "source")
+    store = Store(root, *about, files=tuple(files), volumes=tuple(records))
+    (root / "manifest.json").write_text(json.dumps(store.manifest()))
+    return Store.open(root)
+
+
 # Places
 
 
@@ -416,6 +471,11 @@ def test_small_stages_share_a_gpu_as_far_as_memory_cores_and_kernels_allow():
         share = places.fraction(peak, 24 * gb, busy=0.01)
         together = int(1 / share + 1e-9)
         assert together == 1 or together * (peak + places.CONTEXT) <= places.MOST * 24 * gb
+    hands = planner.Hands(16, 2, 1, "a GPU", 24 * gb)
+    (line,) = planner.packing(2 * gb, hands, Resources(cpus=2))
+    assert "-o resources.gpus=0.25: 4 stages of 2 GB find place on each GPU of 24 GB" in line
+    assert places.share(Resources(cpus=2, gpus=0.25), machines(1, 16, 2))[1] == 8
+    assert planner.packing(2 * gb, hands, Resources(cpus=2, gpus=1.0)) == [], "who has said it is not told"
     with pytest.raises(UsageError, match=r"needs 30.6 GB, the GPU has 24.0; lower training.batch"):
         places.fraction(30 * gb, 24 * gb)
 
