@@ -53,17 +53,24 @@ class Mirror:
         return {Path(entry.path).stem for entry in self._list("done")}
 
     def bring(self, stage: str) -> None:
-        """The files of a stage that are missing here; all of them where it has gone further on another machine."""
-        there = [entry for entry in self._list(f"stages/{stage}") if entry.is_file]
-        if not there:
-            return
+        """The files of a stage that are missing here; all of them where it has gone further on another machine.
+
+        One that was finished here by a process that died before it could say so is uploaded instead.
+        """
         folder = self.runs / "stages" / stage
-        further = not (folder / "done.json").exists() and self._step(stage) > _step(folder)
-        wanted = [entry for entry in there if further or not self._local(entry).exists()]
-        self._pull(sorted(wanted, key=_last))
-        self._pull(
-            entry for entry in self._list("scores") if Path(entry.path).stem == stage and not self._local(entry).exists()
-        )
+        ended, resumable = (folder / "done.json").exists(), (folder / "checkpoint.pt").exists()
+        there = self._list(f"stages/{stage}")
+        if self.done(stage) is not None:
+            further = resumable or not ended  # what lies here is of a process that never finished
+        elif ended:
+            return self.finish(stage)
+        else:
+            further = bool(there) and self._step(stage) > _step(folder)
+        self._pull(sorted((entry for entry in there if further or not self._local(entry).exists()), key=_last))
+        if further and (folder / "done.json").exists():
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        scores = (entry for entry in self._list("scores") if Path(entry.path).stem == stage)
+        return self._pull(entry for entry in scores if not self._local(entry).exists())
 
     def keep(self, stage: str) -> None:
         """Upload what a running stage has left so far, its checkpoint last."""

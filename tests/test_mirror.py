@@ -100,6 +100,7 @@ def test_a_stage_goes_on_on_another_machine_and_is_finished_for_all_when_its_mar
 def test_a_machine_that_dies_while_it_uploads_has_finished_nothing(machines, monkeypatch):
     one, two = machines
     folder = leave(one, 10, **{"done.json": "{}", "encoder.pt": "weights"})
+    (folder / "checkpoint.pt").unlink()
     put, count = mirror.Mirror._put, len(list(folder.iterdir()))
     for dies in range(count + 1):
         written: list[str] = []
@@ -117,8 +118,13 @@ def test_a_machine_that_dies_while_it_uploads_has_finished_nothing(machines, mon
         two.refresh()
         assert not two.stage("simsiam-1").exists()
     monkeypatch.setattr(mirror.Mirror, "_put", put)
-    one.mirror.finish("simsiam-1")
-    assert two.finished() == {"simsiam-1"}
+    one.bring("simsiam-1")
+    assert two.finished() == {"simsiam-1"}, "whoever looks it up there next says so"
+    leave(two, 5, **{"encoder.pt": "unfinished"})
+    two.refresh()
+    two.bring("simsiam-1")
+    assert (two.stage("simsiam-1") / "encoder.pt").read_text() == "weights"
+    assert not (two.stage("simsiam-1") / "checkpoint.pt").exists()
 
 
 def test_a_sweep_is_seen_from_everywhere_as_it_was_last_left(machines):
