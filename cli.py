@@ -1,6 +1,7 @@
 """The command line. It parses words and prints answers; what is done lies in platform/. Torch and ray load inside commands."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare, check and look at data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+cluster_app = typer.Typer(help="Files that bring up a cluster, and sweeps that run on one.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
 
 Files = Annotated[list[Path] | None, typer.Option("-p", "--preset", help="YAML files or names of presets, stacked.")]
 Overrides = Annotated[list[str] | None, typer.Option("-o", "--override", help="One setting by dotted name: key=value.")]
@@ -30,6 +33,7 @@ Dims = Annotated[
     typer.Option(min=2, max=3, help="3: train on whole volumes, 2: on slices (default); short for -o network.spatial_dims=3."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+At = Annotated[str | None, typer.Option("--address", help="The cluster's dashboard; default: http://127.0.0.1:8265.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that read volumes; default: one per core.")]
 
 
@@ -56,6 +60,10 @@ def _root(
     from medssl.platform import logs
 
     logs.console(log)
+    if "://" in os.environ.get("MEDSSL_RUNS", ""):  # a store that other machines write, too
+        from medssl.platform.site import Site
+
+        Site.here().refresh()
 
 
 def _print(value: Any, as_json: bool, text: str) -> None:
@@ -265,6 +273,10 @@ def sweep(
     max_cost: Annotated[
         float | None, typer.Option(min=0, help="Stop when the sweep's machine-hours, earlier starts included, cost this.")
     ] = None,
+    shutdown: Annotated[
+        bool,
+        typer.Option("--shutdown-when-done", help="Then take down the cluster that this runs on (MEDSSL_SHUTDOWN says how)."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: hours, money, storage, power.")] = False,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="With --dry-run: measure the pace for some seconds.")] = False,
     files: Files = None,
@@ -289,6 +301,7 @@ def sweep(
         against=against,
         price=price,
         max_cost=max_cost,
+        shutdown=shutdown,
         say=_aside,
     )
     typer.echo(answer)
@@ -375,6 +388,62 @@ def bench(
 
     rows = benches.run(names or [], say=_aside)
     _print([row.as_dict() for row in rows], as_json, benches.describe(rows))
+
+
+@cluster_app.command("render")
+def cluster_render(
+    kind: Annotated[str, typer.Argument(help="aws, gcp, kubernetes or slurm.")],
+    command: Annotated[list[str] | None, typer.Argument(help="Behind --: what a RayJob or a Slurm job shall run.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("-o", help="One setting: max=4, store=s3://bucket/medssl, sbatch.mem=64G.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print, which is all that render does.")] = False,
+) -> None:
+    """Print the file that brings up a cluster: for `ray up`, `kubectl apply -f` or `sbatch`."""
+    from medssl.platform import cluster
+
+    typer.echo(cluster.render(kind, changes or [], command or []), nl=False)
+
+
+@cluster_app.command("submit", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def cluster_submit(
+    words: Annotated[list[str], typer.Argument(help="What to run there: sweep SPACE --data D …")], address: At = None
+) -> None:
+    """Run a command of medssl on the cluster, as a job that outlives this machine. --address comes first."""
+    from medssl.platform import jobs
+
+    typer.echo(jobs.submit(words, address))
+
+
+@cluster_app.command("status")
+def cluster_status(address: At = None, as_json: Json = False) -> None:
+    """The jobs of medssl on the cluster."""
+    from medssl.platform import jobs
+
+    found = jobs.running(address)
+    _print(found, as_json, jobs.describe(found))
+
+
+@cluster_app.command("logs")
+def cluster_logs(
+    job: Annotated[str | None, typer.Argument(help="A job, or the beginning of its name; default: the newest.")] = None,
+    address: At = None,
+) -> None:
+    """What a job has printed."""
+    from medssl.platform import jobs
+
+    typer.echo(jobs.logs(job, address), nl=False)
+
+
+@cluster_app.command("down")
+def cluster_down(
+    address: At = None,
+    sure: Annotated[bool, typer.Option("--yes", help="Also while a sweep runs; typed again, it goes on.")] = False,
+) -> None:
+    """Take the cluster down, its head included."""
+    from medssl.platform import jobs
+
+    typer.echo(jobs.down(address, sure=sure))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from medssl.platform import (
     train,
     weights,
 )
+from medssl.platform import mirror as mirroring
 from medssl.platform.board import Board
 from medssl.platform.config import Experiment, Part
 from medssl.platform.errors import RunError, UsageError
@@ -132,8 +133,12 @@ def fulfil(job: Job, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
     while True:
         with atomic.owned(job.folder) as mine:
             if done := job.work.site.done(job.stage.id):
-                return done
+                if mine:
+                    job.work.site.bring(job.stage.id)
+                if (job.folder / "done.json").exists():  # else another process is bringing it
+                    return done
             if mine:
+                job.work.site.bring(job.stage.id)
                 with logs.written(job.folder):
                     return _do(job, hear)
         time.sleep(0.5)  # another process is at it
@@ -168,17 +173,25 @@ def _do(job: Job, hear: Hear) -> dict[str, Any]:
     logs.LOGGER.info("%s ended: %s after %.0f seconds", stage.id, done.get("status"), done["seconds"])
     atomic.write_json(job.folder / "done.json", done)
     (job.folder / "checkpoint.pt").unlink(missing_ok=True)  # nothing is left to continue; the weights lie beside it
+    if mirror := job.work.site.mirror:
+        mirror.finish(job.stage.id)
     return done
 
 
 def _tracked(job: Job, rank: int, world: int, device: torch.device, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
     """One worker of a stage; its scalars and its end also go to the trackers asked for."""
     names = job.chain.experiment.resources.trackers if rank == 0 else ()
+    if world > 1:
+        job.work.site.bring(job.stage.id)  # workers on other machines than the last ones; also what fine-tuning starts from
+        if job.stage.parent:
+            job.work.site.bring(job.stage.parent)
     with trackers.opened(names, job.folder, job.work.sweep, job.work.site.runs) as runs:
         told = dataclasses.replace(job, runs=runs)
         pretrains = job.stage.kind == "pretrain"
         done = _pretrain(told, rank, world, device, hear) if pretrains else _finetune(told, rank, world, device)
         runs.end(done)
+    if world > 1 and rank == 0 and (mirror := job.work.site.mirror):
+        mirror.keep(job.stage.id)  # the process that finishes the stage may be on another machine
     return done | ({"untracked": runs.lost} if runs.lost else {})
 
 
@@ -474,12 +487,26 @@ def _train(
             rank=rank,
             world=world,
             on_step=on_step,
-            save=lambda state: checkpoint.save(saved, state),
+            save=_saving(job, saved, world),
             save_seconds=job.chain.experiment.resources.checkpoint_seconds,
             looks=looks,
             look=looked,
             keep=keep,
         )
+
+
+def _saving(job: Job, saved: Path, world: int) -> Callable[[checkpoint.State], None]:
+    """Saves the state; in a remote store too, now and then, or each time where workers on other machines may continue."""
+    mirror, last = job.work.site.mirror, time.monotonic()
+
+    def save(state: checkpoint.State) -> None:
+        nonlocal last
+        checkpoint.save(saved, state)
+        if mirror and (world > 1 or time.monotonic() - last >= mirroring.EVERY):
+            mirror.keep(job.stage.id)
+            last = time.monotonic()
+
+    return save
 
 
 def inference(experiment: Experiment) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class Lookout:
         self._plan()
         pace, left, running = {"pretrain": [0.0, 0], "finetune": [0.0, 0]}, {"pretrain": 0, "finetune": 0}, []
         begun = {path.name for path in (self.site.runs / "stages").glob("*")}
+        if self.site.remote:
+            begun |= self.site.finished()  # on other machines
         for identity, (arm, stage) in self.stages.items():
             if identity not in self.finished and identity in begun and (done := self.site.done(identity)):
                 self.finished[identity] = {"arm": arm, "kind": stage.kind, **done}
