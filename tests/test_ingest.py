@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from medssl.platform import geometry, ingest, montage, splits
+from medssl.platform import scans as reading
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.geometry import PRESETS, UNLABELLED
+from medssl.platform.scans import Problem
 from medssl.platform.store import Store
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -232,7 +234,7 @@ def test_ray_tasks_prepare_the_same_store_and_bring_back_the_same_error(tmp_path
     assert ingest.default_map(2) is ingest.on_ray
     assert ingest.prepare(root, tmp_path / "b", workers=2).content_hash == expected.content_hash
     (root / "imagesTr" / "v1.nii.gz").write_bytes(b"no scan")
-    with pytest.raises(ingest.Problem, match=r"v1\.nii\.gz: its gzip stream is cut short or damaged"):
+    with pytest.raises(Problem, match=r"v1\.nii\.gz: its gzip stream is cut short or damaged"):
         ingest.prepare(root, tmp_path / "c", workers=2)
 
 
@@ -577,7 +579,7 @@ def test_a_generated_data_set_is_written_once_and_takes_the_same_path(tmp_path, 
     module = SimpleNamespace(info=decathlon.info, cases=decathlon.cases, generate=lambda root: calls.append(scans(root)))
     monkeypatch.setattr(find, "names", lambda kind: ["made", "decathlon"])
     monkeypatch.setattr(find, "load", lambda kind, name: module if name == "made" else decathlon)
-    monkeypatch.setattr(ingest, "program", lambda name: "version 1")
+    monkeypatch.setattr(reading, "program", lambda name: "version 1")
     store = ingest.prepare("made", tmp_path / "store", workers=1)
     assert ingest.prepare("made", tmp_path / "store", workers=1) == store
     assert len(calls) == 1
