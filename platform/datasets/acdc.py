@@ -13,9 +13,9 @@ patients lie in blocks of twenty by pathology (DCM, HCM, MINF, NOR, RV), which i
 A labelled frame is the 3D file with its label; the other frames are taken from the 4D file, without label, and none is listed
 twice. A set without the 4D files has labelled frames only.
 
-Preset: that of global and local contrast (Chaitanya 2020, https://doi.org/10.48550/arXiv.2006.10511): 1.36719 mm in the plane,
-slices as they are, cut or padded to 192 x 192, percentiles 1 and 99 of the volume. Deviations: we take percentiles after
-resampling and clip to them; both frames are used, not end diastole alone; N4 is off (-o n4=true, extra [n4]).
+Preset `acdc`: that of global and local contrast (Chaitanya 2020, https://doi.org/10.48550/arXiv.2006.10511): 1.36719 mm in the
+plane, slices as they are, cut or padded to 192 x 192, percentiles 1 and 99 of the volume. Deviations: N4 is off (-o n4=1, extra
+[n4]); both frames are used, not end diastole alone, and the other frames pretrain.
 
 Splits: `global-local-…` (the paper's test patients and labelled combinations; patient-level; its validation patients are taken
 out of the pretraining pool) and `byol` (hierarchical BYOL: test and validation are every tenth patient from 1 and from 2).
@@ -26,8 +26,10 @@ from pathlib import Path
 
 from medssl.platform.errors import RunError
 from medssl.platform.records import Case, DataInfo, Part
-from medssl.platform.splits import Split, numbers
+from medssl.platform.splits import Split, numbers, published
 
+OBTAIN = "https://humanheart-project.creatis.insa-lyon.fr/database"
+LICENCE = "CC BY-NC-SA 4.0"
 POOL = "1-6,12,17-26,37-46,57-66,72,77-86,97-100"  # the paper's pretraining patients, which it calls tr52
 TEST = "7-10,27-30,47-50,67-70,87-90"
 COMBINATIONS = {  # labelled patients, and the two that select
@@ -59,17 +61,17 @@ def matches(root: Path) -> bool:
     return bool(patients(root))
 
 
-def info(root: Path | None) -> DataInfo:
+def info(root: Path) -> DataInfo:
     """The facts of ACDC."""
     return DataInfo(
         name="acdc",
         classes=("background", "right ventricle", "myocardium", "left ventricle"),
         channels=("cine MR",),
-        licence="CC BY-NC-SA 4.0",
+        licence=LICENCE,
         citation="Bernard et al. 2018, https://doi.org/10.1109/TMI.2018.2837502",
-        obtain="https://humanheart-project.creatis.insa-lyon.fr/database",
-        preset="mr",
-        preset_changes={"spacing_mm": (1.36719, 1.36719, None), "size": (192, 192)},
+        obtain=OBTAIN,
+        preset="acdc",
+        preset_changes={"n4": 0},
     )
 
 
@@ -103,10 +105,10 @@ def cases(root: Path) -> Iterator[Case]:
                 yield Case(name, f"{name}_frame{frame:02d}", (cine,), frame=frame - 1, **facts)  # type: ignore[arg-type]
 
 
-def splits() -> Iterator[Split]:
+def splits(root: Path) -> Iterator[Split]:
     """Of the 100 training patients: the contrastive paper's combinations, and hierarchical BYOL's."""
     for name, (labelled, val) in COMBINATIONS.items():
         train = labelled if name == "trall" else f"{POOL},{labelled}"
-        yield Split.published(f"global-local-{name}", "patient{:03d}", train, val, TEST, labelled)
+        yield published(f"global-local-{name}", "patient{:03d}", train, val, TEST, labelled)
     every_tenth = {first: ",".join(str(n) for n in numbers("1-100") if n % 10 == first) for first in (1, 2)}
-    yield Split.published("byol", "patient{:03d}", "1-100", every_tenth[2], every_tenth[1], "1-100")
+    yield published("byol", "patient{:03d}", "1-100", every_tenth[2], every_tenth[1], "1-100")

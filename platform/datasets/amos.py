@@ -7,7 +7,7 @@
       imagesTs/amos_0002.nii.gz                               100 CT and 20 MR without labels: for pretraining
 
 Numbers below 500 are CT, from 500 on MR. Ji et al., "AMOS: a large-scale abdominal multi-organ benchmark", NeurIPS 2022,
-https://doi.org/10.48550/arXiv.2206.08023; CC BY 4.0; https://zenodo.org/records/7155725 and (with the test images)
+https://doi.org/10.48550/arXiv.2206.08023; https://zenodo.org/records/7155725 and (with the test images)
 https://zenodo.org/records/7262581. Later releases add labels of imagesTs in labelsTs: then both Va and Ts are labelled, and Va
 becomes the official validation part.
 
@@ -20,6 +20,8 @@ from pathlib import Path
 
 from medssl.platform.records import Case, DataInfo
 
+OBTAIN = "https://zenodo.org/records/7262581"
+LICENCE = "CC BY 4.0 on Zenodo; OpenReview says non-commercial"
 CLASSES = (
     "background",
     "spleen",
@@ -45,15 +47,15 @@ def matches(root: Path) -> bool:
     return any(root.glob("imagesTr/amos_????.nii.gz"))
 
 
-def info(root: Path | None) -> DataInfo:
+def info(root: Path) -> DataInfo:
     """The facts of AMOS22."""
     return DataInfo(
         name="amos",
         classes=CLASSES,
         channels=("CT or MR",),
-        licence="CC BY 4.0",
+        licence=LICENCE,
         citation="Ji et al. 2022, https://doi.org/10.48550/arXiv.2206.08023",
-        obtain="https://zenodo.org/records/7262581",
+        obtain=OBTAIN,
         preset="ct",
     )
 

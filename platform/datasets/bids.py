@@ -22,6 +22,8 @@ from pathlib import Path
 from medssl.platform.errors import RunError
 from medssl.platform.records import Case, DataInfo
 
+OBTAIN = "https://openneuro.org, or your own scans"
+LICENCE = "as dataset_description.json says"
 ENDING = re.compile(r"\.nii(\.gz)?$")
 LABEL = re.compile(r"_(dseg|mask)\.nii(\.gz)?$")
 
@@ -77,20 +79,20 @@ def classes(root: Path) -> tuple[str, ...]:
     return tuple(names[number] for number in range(len(names)))
 
 
-def info(root: Path | None) -> DataInfo:
+def info(root: Path) -> DataInfo:
     """What the description and dseg.tsv say."""
     try:
-        said = json.loads((root / "dataset_description.json").read_text()) if root else {}
+        said = json.loads((root / "dataset_description.json").read_text())
     except ValueError as error:
         raise RunError(f"{root}: dataset_description.json is not JSON ({error}); mend it") from error
     links = said.get("ReferencesAndLinks") or []
-    only_ct = root is not None and all(is_ct(image) for image in images(root))
+    only_ct = all(is_ct(image) for image in images(root))
     return DataInfo(
         name=str(said.get("Name") or "bids"),
-        classes=classes(root) if root else ("background",),
-        licence=str(said.get("License") or "as dataset_description.json says"),
+        classes=classes(root),
+        licence=str(said.get("License") or LICENCE),
         citation=str(said.get("DatasetDOI") or ", ".join(map(str, links)) or "https://doi.org/10.1038/sdata.2016.44"),
-        obtain="https://openneuro.org, or your own scans",
+        obtain=OBTAIN,
         preset="ct" if only_ct else "mr",
     )
 

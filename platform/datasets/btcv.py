@@ -16,6 +16,8 @@ from pathlib import Path
 
 from medssl.platform.records import Case, DataInfo
 
+OBTAIN = "https://www.synapse.org/Synapse:syn3193805"
+LICENCE = "terms of use of Synapse syn3193805"
 CLASSES = (
     "background",
     "spleen",
@@ -44,15 +46,15 @@ def matches(root: Path) -> bool:
     return bool(scans(root, "Training"))
 
 
-def info(root: Path | None) -> DataInfo:
+def info(root: Path) -> DataInfo:
     """The facts of BTCV."""
     return DataInfo(
         name="btcv",
         classes=CLASSES,
         channels=("CT",),
-        licence="terms of use of Synapse syn3193805",
+        licence=LICENCE,
         citation="Landman et al. 2015, https://doi.org/10.7303/syn3193805",
-        obtain="https://www.synapse.org/Synapse:syn3193805",
+        obtain=OBTAIN,
         preset="ct",
     )
 

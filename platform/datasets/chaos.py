@@ -25,6 +25,8 @@ from pathlib import Path
 from medssl.platform.errors import RunError
 from medssl.platform.records import Case, DataInfo
 
+OBTAIN = "https://doi.org/10.5281/zenodo.3431873"
+LICENCE = "CC BY-SA 4.0"
 SEQUENCES = {  # phase: images, labels
     "T1 in phase": ("T1DUAL/DICOM_anon/InPhase", "T1DUAL/Ground"),
     "T1 out of phase": ("T1DUAL/DICOM_anon/OutPhase", "T1DUAL/Ground"),
@@ -63,17 +65,17 @@ def one_modality(root: Path) -> str:
     return found
 
 
-def info(root: Path | None) -> DataInfo:
-    """The facts of CHAOS: of its CT part, or of its MR part (also without a folder)."""
-    ct = root is not None and one_modality(root) == "ct"
+def info(root: Path) -> DataInfo:
+    """The facts of CHAOS: of its CT part or of its MR part."""
+    ct = one_modality(root) == "ct"
     organs = ("liver",) if ct else ("liver", "right kidney", "left kidney", "spleen")
     return DataInfo(
         name="chaos-ct" if ct else "chaos-mr",
         classes=("background", *organs),
         channels=("CT" if ct else "MR",),
-        licence="CC BY-SA 4.0",
+        licence=LICENCE,
         citation="Kavur et al. 2021, https://doi.org/10.1016/j.media.2020.101950",
-        obtain="https://doi.org/10.5281/zenodo.3431873",
+        obtain=OBTAIN,
         preset="ct" if ct else "mr",
         label_values={0: 0, 1: 1, 255: 1} if ct else MR_VALUES,
     )

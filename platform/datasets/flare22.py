@@ -22,6 +22,8 @@ from pathlib import Path
 from medssl.platform.records import Case, DataInfo
 from medssl.platform.splits import Split
 
+OBTAIN = "https://zenodo.org/records/7860267 and https://flare22.grand-challenge.org"
+LICENCE = "images CC BY-SA 4.0; annotations for research only"
 CLASSES = (
     "background",
     "liver",
@@ -52,15 +54,15 @@ def matches(root: Path) -> bool:
     return bool(labelled(root))
 
 
-def info(root: Path | None) -> DataInfo:
+def info(root: Path) -> DataInfo:
     """The facts of FLARE22."""
     return DataInfo(
         name="flare22",
         classes=CLASSES,
         channels=("CT",),
-        licence="images CC BY-SA 4.0; annotations for research only",
+        licence=LICENCE,
         citation="Ma et al. 2023, https://doi.org/10.48550/arXiv.2308.05862",
-        obtain="https://zenodo.org/records/7860267 and https://flare22.grand-challenge.org",
+        obtain=OBTAIN,
         preset="ct",
         tolerance_mm=tuple(map(float, TOLERANCE_MM)),
     )
@@ -77,7 +79,7 @@ def cases(root: Path) -> Iterator[Case]:
             yield Case(volume, volume, (image,))
 
 
-def splits() -> Iterator[Split]:
+def splits(root: Path) -> Iterator[Split]:
     """The CT study's split of the 50 labelled cases."""
     number = {n: f"FLARE22_Tr_{n:04d}" for n in range(1, 51)}
     trains = [number[n] for n in CT_STUDY_TRAINS_ON]

@@ -20,6 +20,9 @@ from pathlib import Path
 
 from medssl.platform.records import Case, DataInfo
 
+OBTAIN = "https://www.cardiacatlas.org/atriaseg2018-challenge/atria-seg-data"
+LICENCE = "research use, by registration"
+
 
 def scans(root: Path) -> list[Path]:
     """The images of both sets, or of the one that `root` is."""
@@ -31,15 +34,15 @@ def matches(root: Path) -> bool:
     return bool(scans(root))
 
 
-def info(root: Path | None) -> DataInfo:
+def info(root: Path) -> DataInfo:
     """The facts of LA2018."""
     return DataInfo(
         name="la2018",
         classes=("background", "left atrium"),
         channels=("late gadolinium MR",),
-        licence="research use, by registration",
+        licence=LICENCE,
         citation="Xiong et al. 2021, https://doi.org/10.1016/j.media.2020.101832",
-        obtain="https://www.cardiacatlas.org/atriaseg2018-challenge/atria-seg-data",
+        obtain=OBTAIN,
         preset="mr",
         label_values={0: 0, 255: 1},
     )

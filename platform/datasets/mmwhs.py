@@ -12,10 +12,9 @@ Zhuang and Shen, Medical Image Analysis 2016, https://doi.org/10.1016/j.media.20
 https://zmiclab.github.io/zxh/0/mmwhs; research use. Test labels are sealed: no official parts.
 
 Class ids ascend with the values, as in both papers that use the set. One preset cannot suit CT and MR: a folder with both gives
-its MR scans, with `--preset ct` its CT scans. Preset for MR: that of global and local contrast (Chaitanya 2020,
-https://doi.org/10.48550/arXiv.2006.10511): 1.5 mm in the plane, cut or padded to 160 x 160, percentiles 1 and 99. Deviations:
-slices are cut as RAS axes run, and where the paper trims the volumes by hand beforehand nothing is trimmed; percentiles are
-taken after resampling and clip; N4 is off (-o n4=true). Splits `global-local-…` are the paper's, of the MR scans, with its
+its MR scans, with `--preset ct` its CT scans. Preset `mmwhs` for MR: that of global and local contrast (Chaitanya 2020,
+https://doi.org/10.48550/arXiv.2006.10511): 1.5 mm in the plane, cut or padded to 160 x 160, percentiles 1 and 99. Deviations: N4
+is off (-o n4=1, extra [n4]); slices are axial as RAS axes run, and nothing is trimmed by hand beforehand. Splits `global-local-…` are the paper's, of the MR scans, with its
 validation patients taken out of the pretraining pool.
 """
 
@@ -24,8 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medssl.platform.records import Case, DataInfo
-from medssl.platform.splits import Split
+from medssl.platform.splits import Split, published
 
+OBTAIN = "https://zmiclab.github.io/zxh/0/mmwhs"
+LICENCE = "research use, by registration"
 NAME = re.compile(r"((ct|mr)_(train|test)_\d{4})_image\.nii(\.gz)?")
 LABEL_VALUES = {0: 0, 205: 1, 420: 2, 421: 2, 500: 3, 550: 4, 600: 5, 820: 6, 850: 7}
 POOL, TEST = "1001-1010", "1011-1020"
@@ -56,9 +57,9 @@ def matches(root: Path) -> bool:
     return bool(scans(root))
 
 
-def info(root: Path | None) -> DataInfo:
+def info(root: Path) -> DataInfo:
     """The facts of MM-WHS; the preset is `ct` where there is no MR scan."""
-    mr = root is None or any(match[2] == "mr" for _, match in scans(root))
+    mr = any(match[2] == "mr" for _, match in scans(root))
     return DataInfo(
         name="mmwhs",
         classes=(
@@ -72,11 +73,11 @@ def info(root: Path | None) -> DataInfo:
             "pulmonary artery",
         ),
         channels=("CT or MR",),
-        licence="research use, by registration",
+        licence=LICENCE,
         citation="Zhuang and Shen 2016, https://doi.org/10.1016/j.media.2016.02.006",
-        obtain="https://zmiclab.github.io/zxh/0/mmwhs",
-        preset="mr" if mr else "ct",
-        preset_changes={"spacing_mm": (1.5, 1.5, None), "size": (160, 160)} if mr else {},
+        obtain=OBTAIN,
+        preset="mmwhs" if mr else "ct",
+        preset_changes={"n4": 0} if mr else {},
         label_values=LABEL_VALUES,
     )
 
@@ -88,7 +89,7 @@ def cases(root: Path) -> Iterator[Case]:
         yield Case(match[1], match[1], (image,), label, modality=match[2])  # type: ignore[arg-type]
 
 
-def splits() -> Iterator[Split]:
+def splits(root: Path) -> Iterator[Split]:
     """The contrastive paper's combinations of MR scans."""
     for name, (labelled, val) in COMBINATIONS.items():
-        yield Split.published(f"global-local-{name}", "mr_train_{}", POOL, val, TEST, labelled)
+        yield published(f"global-local-{name}", "mr_train_{}", POOL, val, TEST, labelled)

@@ -22,6 +22,8 @@ from typing import Any
 from medssl.platform.errors import RunError
 from medssl.platform.records import Case, DataInfo
 
+OBTAIN = "https://huggingface.co/datasets/AnonRes/OpenMind"
+LICENCE = "that of each data set in the collection"
 FILE = "pretrain_data.json"
 
 
@@ -66,15 +68,15 @@ def is_ct(image: dict[str, Any]) -> bool:
     return str(image.get("modality", "")).upper().startswith("CT")
 
 
-def info(root: Path | None) -> DataInfo:
+def info(root: Path) -> DataInfo:
     """The collection's name; CT is windowed where all of it is CT."""
-    kinds = {is_ct(image) for *_, image in entries(root)} if root else {False}
+    kinds = {is_ct(image) for *_, image in entries(root)}
     return DataInfo(
-        name=str(collection(root).get("collection_name", "nnssl")) if root else "nnssl",
+        name=str(collection(root).get("collection_name", "nnssl")),
         classes=("background",),
-        licence="that of each data set in the collection",
+        licence=LICENCE,
         citation="Wald et al. 2025, https://doi.org/10.48550/arXiv.2412.17041",
-        obtain="https://huggingface.co/datasets/AnonRes/OpenMind",
+        obtain=OBTAIN,
         preset="ct" if kinds == {True} else "mr",
     )
 

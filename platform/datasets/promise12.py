@@ -9,14 +9,17 @@ Litjens et al., Medical Image Analysis 2014, https://doi.org/10.1016/j.media.201
 https://promise12.grand-challenge.org, or https://zenodo.org/records/8026660; research use. The challenge scores the test scans
 itself: no official parts.
 
-The preset is `mr` at the scan's own spacing. Contrast-You (Peng et al., https://doi.org/10.48550/arXiv.2103.00211 and its
-successors) resizes each slice to 224 pixels and scales to [0, 1] by the maximum; we keep millimetres and clip percentiles.
+Preset `promise12`: Contrast-You's (Peng et al., https://github.com/jizongFox/contrastyou): slices of the whole range of
+intensities, resized to 224 x 224. `--preset mr` keeps the scan's own pixels and clips percentiles.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from medssl.platform.records import Case, DataInfo
+
+OBTAIN = "https://promise12.grand-challenge.org"
+LICENCE = "research use, by registration"
 
 
 def scans(root: Path) -> list[Path]:
@@ -29,16 +32,16 @@ def matches(root: Path) -> bool:
     return any(root.glob("Case??_segmentation.mhd")) or any(root.glob("*/Case??_segmentation.mhd"))
 
 
-def info(root: Path | None) -> DataInfo:
+def info(root: Path) -> DataInfo:
     """The facts of PROMISE12."""
     return DataInfo(
         name="promise12",
         classes=("background", "prostate"),
         channels=("T2",),
-        licence="research use, by registration",
+        licence=LICENCE,
         citation="Litjens et al. 2014, https://doi.org/10.1016/j.media.2013.12.002",
-        obtain="https://promise12.grand-challenge.org",
-        preset="mr",
+        obtain=OBTAIN,
+        preset="promise12",
     )
 
 
