@@ -116,12 +116,19 @@ def entries() -> dict[str, Any]:
             "licence": store.licence,
             "content": store.content_hash,
         }
-    return {"known": {name: find.summary("dataset", name) for name in find.names("dataset")}, "prepared": prepared}
+    known = {
+        name: {"what": find.summary("dataset", name), "obtain": find.constant("dataset", name, "OBTAIN", "")}
+        for name in find.names("dataset")
+    }
+    return {"known": known, "prepared": prepared}
 
 
 def describe(found: dict[str, Any]) -> str:
     """The same for people."""
-    lines = ["known by name"] + [f"  {name:<20} {text}" for name, text in found["known"].items()]
+    lines = ["known by name"] + [
+        f"  {name:<20} {about['what']}" + (f" From {about['obtain']}" if about["obtain"] else "")
+        for name, about in found["known"].items()
+    ]
     lines += [f"prepared in {Site.here().data}"]
     for name, about in found["prepared"].items():
         counts = f"{about['patients']} patients, {about['volumes']} volumes, {about['slices']} slices"

@@ -34,9 +34,9 @@ from numpy.typing import NDArray
 from medssl.platform import bias, body
 from medssl.platform.errors import UsageError
 from medssl.platform.find import nearest
+from medssl.platform.records import UNLABELLED as UNLABELLED
 from medssl.platform.records import DataInfo, Part
 
-UNLABELLED = 255  # as in methods/protocol.py, which imports torch: tests/test_geometry.py keeps them equal
 SAME_SPACING_MM = 1e-3  # spacings nearer than this are not resampled; MONAI's AFFINE_TOL
 
 Image = NDArray[Any]
