@@ -37,14 +37,15 @@ def prepare(
     seed: int = 0,
     overwrite: bool = False,
     workers: int | None = None,
+    name: str | None = None,
     say: Say,
 ) -> Store:
-    """Prepare a source and draw its split by patients."""
-    from medssl.platform import ingest
+    """Prepare a source under its own or the given name, write down the splits that papers publish of it, and draw one."""
+    from medssl.platform import ingest, scans
 
     store = ingest.prepare(
         _known(source),
-        folder(source),
+        folder(name or source),
         preset=preset,
         changes=changes,
         workers=workers,
@@ -52,6 +53,14 @@ def prepare(
         progress=_telling(f"preparing {Path(source).name}", say),
         map_unordered=ingest.in_processes,
     )
+    missing = []
+    for each in scans.published(Path(source)) if Path(source).is_dir() else []:
+        try:
+            splits.save(each, store)
+        except UsageError as error:  # not all of the published patients are in this folder
+            missing.append(str(error))
+    if missing:
+        say(f"{len(missing)} published splits left out: {missing[0]}")
     try:
         split(store, f"seed-{seed}")
     except UsageError as error:  # too few labelled patients to train on, but enough to be looked at

@@ -314,9 +314,10 @@ def prepare(
         if not mine:
             raise RunError(f"{out}: another process is preparing it; wait until it is done")
         found = find_source(source, out)
+        wanted = geometry.resolve(found.info, preset, changes)
+        found = found.suiting(preset).with_classes(wanted.classes)
         for problem in listing_problems(found):
             raise problem
-        wanted = geometry.resolve(found.info, preset, changes)
         if (out / "manifest.json").exists():
             if not overwrite:
                 return same(Store.open(out), found, wanted)
@@ -386,7 +387,7 @@ def check(source: str | Path, *, workers: int | None = None, map_unordered: MapU
         return check_store(Store.open(Path(source)), workers, work)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            found = find_source(source, Path(scratch))
+            found = find_source(source, Path(scratch)).suiting(None)
             problems = listing_problems(found)
             preset = geometry.resolve(found.info)
         except RunError as error:  # the listing itself: no volume can be looked at

@@ -50,7 +50,7 @@ def labels(root: Path) -> list[Path]:
 
 
 def label_of(image: Path, candidates: list[Path]) -> Path | None:
-    """The label whose name, less _dseg or _mask, is the image's, or its entities without the modality. Raises RunError on two."""
+    """The label whose name, less _dseg or _mask, is the image's, or its entities without the modality. RunError on two."""
     stem = ENDING.sub("", image.name)
     entities = stem.rpartition("_")[0]
     for wanted in (stem, entities):
@@ -72,7 +72,9 @@ def classes(root: Path) -> tuple[str, ...]:
     try:
         names = {int(row["index"]): row["name"] for row in table(tables[0])}
     except (KeyError, ValueError) as error:
-        raise RunError(f"{tables[0]}: expected the columns index and name, index a whole number ({error!r}); mend it") from error
+        raise RunError(
+            f"{tables[0]}: expected the columns index and name, index a whole number ({error!r}); mend it"
+        ) from error
     names = {0: "background"} | names
     if sorted(names) != list(range(len(names))):
         raise RunError(f"{tables[0]}: ids {sorted(names)} should be 0, 1, 2 … without gaps; renumber the labels")

@@ -7,8 +7,8 @@
       Case_00001_0000.nii.gz               … 02000
 
 Ma et al., "Unleashing the strengths of unlabelled data in pan-cancer abdominal organ quantification: the FLARE22 challenge",
-2023, https://doi.org/10.48550/arXiv.2308.05862. Labelled scans: https://zenodo.org/records/7860267, the others by registering at
-https://flare22.grand-challenge.org. The labelled images are those of the Decathlon's pancreas task (CC BY-SA 4.0), their
+2023, https://doi.org/10.48550/arXiv.2308.05862. Labelled scans: https://zenodo.org/records/7860267, the others by registering
+at https://flare22.grand-challenge.org. The labelled images are those of the Decathlon's pancreas task (CC BY-SA 4.0), their
 annotations are for research only. The challenge's own validation and test labels are not public: no official parts.
 
 The preset is `ct`, the CT study's own (Konieczkowicz 2023, https://github.com/dittohed/exploring-ssl-for-ct). Its split, 15

@@ -13,9 +13,9 @@ https://zmiclab.github.io/zxh/0/mmwhs; research use. Test labels are sealed: no 
 
 Class ids ascend with the values, as in both papers that use the set. One preset cannot suit CT and MR: a folder with both gives
 its MR scans, with `--preset ct` its CT scans. Preset `mmwhs` for MR: that of global and local contrast (Chaitanya 2020,
-https://doi.org/10.48550/arXiv.2006.10511): 1.5 mm in the plane, cut or padded to 160 x 160, percentiles 1 and 99. Deviations: N4
-is off (-o n4=1, extra [n4]); slices are axial as RAS axes run, and nothing is trimmed by hand beforehand. Splits `global-local-…` are the paper's, of the MR scans, with its
-validation patients taken out of the pretraining pool.
+https://doi.org/10.48550/arXiv.2006.10511): 1.5 mm in the plane, cut or padded to 160 x 160, percentiles 1 and 99. Deviations:
+N4 is off (-o n4=1, extra [n4]); slices are axial as RAS axes run, and nothing is trimmed by hand beforehand. Splits
+`global-local-…` are the paper's, of the MR scans, with its validation patients taken out of the pretraining pool.
 """
 
 import re

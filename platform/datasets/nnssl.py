@@ -40,7 +40,9 @@ def collection(root: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RunError(f"{path}: not JSON ({error}); mend it or write it again") from error
     if not isinstance(said, dict) or not isinstance(said.get("datasets"), dict):
-        raise RunError(f'{path}: expected {{"datasets": {{name: {{"subjects": …}}}}}}; write it with nnssl\'s Collection.to_dict')
+        raise RunError(
+            f'{path}: expected {{"datasets": {{name: {{"subjects": …}}}}}}; write it with nnssl\'s Collection.to_dict'
+        )
     return said
 
 
@@ -53,7 +55,9 @@ def entries(root: Path) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
                     for image in images["images"]:
                         yield name, subject, session, image
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{root / FILE}: subjects, sessions and images are not nested as expected ({error!r}); mend it") from error
+        raise RunError(
+            f"{root / FILE}: subjects, sessions and images are not nested as expected ({error!r}); mend it"
+        ) from error
 
 
 def located(root: Path, said: str) -> Path:
@@ -87,6 +91,4 @@ def cases(root: Path) -> Iterator[Case]:
         patient, file = f"{dataset}_{subject}", str(image["image_path"])
         name = str(image.get("name") or Path(file).name).removesuffix(".gz").removesuffix(".nii")
         kind = "ct" if is_ct(image) else "mr"
-        yield Case(
-            patient, f"{patient}_{session}_{name}", (located(root, file),), phase=image.get("modality"), modality=kind
-        )
+        yield Case(patient, f"{patient}_{session}_{name}", (located(root, file),), phase=image.get("modality"), modality=kind)
