@@ -60,12 +60,16 @@ class Preset:
     orientation: str = "RAS"  # where rows, columns and slices run to
     n4: int = 0  # N4 bias correction, its field fitted on every n-th voxel of each axis; 0: none
     clip: bool = True  # to the window or the percentiles
-    zscore: Literal["all", "nonzero"] | None = None  # mean 0, variance 1 per channel and volume; nonzero: zeros stay 0, uncounted
+    zscore: Literal["all", "nonzero"] | None = (
+        None  # mean 0, variance 1 per channel and volume; nonzero: zeros stay 0, uncounted
+    )
     statistics: Literal["resampled", "scan"] = "resampled"  # whose voxels percentiles and z-scores are taken of
     body_mask: bool = False  # 0 outside the patient; percentiles and z-scores are then of the patient alone
     margin: int = 0  # voxels around the foreground box
     resize: tuple[int, int] | None = None  # rows and columns that every slice is resampled to, whatever its spacing
-    size: tuple[Side, Side, Side] | None = None  # rows, columns, slices, reached by centred crops and zero padding; null: as it is
+    size: tuple[Side, Side, Side] | None = (
+        None  # rows, columns, slices, reached by centred crops and zero padding; null: as it is
+    )
     neighbours: int = 0  # slices below and above that are channels beside a slice's own (2.5D); the last one is repeated
     channels: tuple[int, ...] | None = None  # which of the scan's channels, counted from 0; null: all
     classes: tuple[str, ...] | None = None  # which classes, by name, in this order; the others are background; null: all
@@ -95,19 +99,25 @@ class Preset:
         lo, hi = self.window or self.percentiles or (0, 1)
         if not lo < hi or (self.percentiles and not 0 <= lo < hi <= 100):
             raise UsageError(f"preset: ({lo}, {hi}) is not a low and a high bound; percentiles lie in 0..100")
-        if self.spacing_mm is not None and (len(self.spacing_mm) != 3 or min(1 if mm is None else mm for mm in self.spacing_mm) <= 0):
+        if self.spacing_mm is not None and (
+            len(self.spacing_mm) != 3 or min(1 if mm is None else mm for mm in self.spacing_mm) <= 0
+        ):
             raise UsageError(
                 f"preset: spacing_mm {self.spacing_mm} should be three positive lengths, along {', '.join(self.orientation)}, "
                 "null in place of one that stays as it is, or null alone"
             )
         if self.dtype not in ("uint8", "int16", "float16", "float32") or self.pad < 0:
-            raise UsageError(f"preset: dtype {self.dtype}, pad {self.pad}; expected uint8, int16, float16 or float32, and pad >= 0")
+            raise UsageError(
+                f"preset: dtype {self.dtype}, pad {self.pad}; expected uint8, int16, float16 or float32, and pad >= 0"
+            )
         if not self.bounded and np.dtype(self.dtype).kind != "f":
             how = "zscore" if self.zscore else "clip=false"
             raise UsageError(f"preset: {how} leaves the range 0 to 1 that {self.dtype} holds; set dtype to float16 or float32")
         if sorted(map("RLAPSI".find, self.orientation)) not in [[r, a, s] for r in (0, 1) for a in (2, 3) for s in (4, 5)]:
             raise UsageError(f'preset: orientation "{self.orientation}" should name each axis once, as RAS, LPS or SAR do')
-        if self.size is not None and (len(self.size) not in (2, 3) or min(1 if side is None else side for side in self.size) < 1):
+        if self.size is not None and (
+            len(self.size) not in (2, 3) or min(1 if side is None else side for side in self.size) < 1
+        ):
             raise UsageError(f"preset: size {self.size} should be rows, columns and slices, null where they stay as they are")
         if self.size is not None and self.pad > min(side or self.pad for side in self.size[:2]):
             raise UsageError(f"preset: pad {self.pad} asks for more than size {self.size} leaves; set pad to 0")
@@ -118,7 +128,9 @@ class Preset:
         if self.channels == () or self.classes == ():
             raise UsageError("preset: channels and classes name at least one each, or are null for all")
         if self.margin and not self.foreground_box:
-            raise UsageError(f"preset: a margin of {self.margin} voxels is around the foreground box; set foreground_box to true")
+            raise UsageError(
+                f"preset: a margin of {self.margin} voxels is around the foreground box; set foreground_box to true"
+            )
 
 
 # The global-local study (Chaitanya 2020, https://arxiv.org/abs/2006.10511), experiment_init/init_*.py: N4 on the whole grid,
@@ -136,7 +148,7 @@ GLOBAL_LOCAL = Preset(
     statistics="scan",
     size=(192, 192, None),
 )
-# contrastyou (Peng, https://github.com/jizongFox/contrastyou): 8-bit slices of the volume's whole range on the scan's own pixels.
+# contrastyou (Peng, https://github.com/jizongFox/contrastyou): 8-bit slices of the volume's whole range, on its own pixels.
 # Its ACDC is cropped to 224 while training; its PROMISE12 is resized to 224, by PIL, which averages where we interpolate.
 CONTRASTYOU = Preset(None, None, (0.0, 100.0), foreground_box=False, pad=224, dtype="uint8", statistics="scan")
 
@@ -332,7 +344,9 @@ class Scale:
             moments.append((values.mean(), values.std()) if values.size else (0.0, 0.0))
         mean, sd = np.asarray(moments, np.float32).T.reshape(2, -1, 1, 1, 1)
         if not (sd > 0).all():
-            raise ValueError("the voxels that its z-score is taken of are one value; leave preset.zscore out, or widen the window")
+            raise ValueError(
+                "the voxels that its z-score is taken of are one value; leave preset.zscore out, or widen the window"
+            )
         return Scale(lo, hi, mean, sd)
 
     def unit(self, image: Image, preset: Preset) -> NDArray[np.float32]:
@@ -410,7 +424,9 @@ def peak_bytes(voxels: int, affine: NDArray[Any], shape: tuple[int, ...], channe
         size *= step
         most = max(most, size)
     work = 4 * (source if preset.n4 or preset.statistics == "scan" else 0)
-    return int(channels * (source * voxels + work + 4 * (most + 2 * size) + preset.depth * size * np.dtype(preset.dtype).itemsize))
+    return int(
+        channels * (source * voxels + work + 4 * (most + 2 * size) + preset.depth * size * np.dtype(preset.dtype).itemsize)
+    )
 
 
 def prepare(
@@ -438,46 +454,25 @@ def prepare(
     if preset.n4:
         image = bias.cached(image, tuple(np.linalg.norm(affine[:3, :3], axis=0)), preset.n4, cache)
     from_mm, axes = spacing_and_axes(affine, preset.orientation)
-    image, label = to_ras(image, axes), None if label is None else to_ras(label, axes)
-    scan, scan_label = image, label
-    lines = grid(image.shape[1:], from_mm, preset)
+    scan, scan_label = to_ras(image, axes), None if label is None else to_ras(label, axes)
+    lines = grid(scan.shape[1:], from_mm, preset)
     whole = [line.stop for line in lines]
     if preset.foreground_box and preset.window:
-        box = bounds(np.any(image > preset.window[0], axis=0))
+        box = bounds(np.any(scan > preset.window[0], axis=0))
         lines = [line.around(*ends, preset.margin) for line, ends in zip(lines, box, strict=True)]
-
-    # The axis that shrinks most goes first, so that the others have less to do. NIfTI files count x fastest: seen from their
-    # end, the axes are in the order of the memory, and interpolating along one copies whole runs of the others.
-    image, label = image.transpose(0, 3, 2, 1), None if label is None else label.T
-    for axis in sorted(range(3), key=lambda axis: (lines[axis].stop - lines[axis].start) / lines[axis].source):
-        image = lines[axis].linear(image, 3 - axis)
-        label = None if label is None else lines[axis].nearest(label, 2 - axis)
-    image, label = image.transpose(0, 3, 2, 1), None if label is None else label.T
+    image, label = resample(scan, scan_label, lines)
     spacing_mm = stored_spacing(lines, from_mm, preset)
-
-    floor = preset.window[0] if preset.window else None
-    inside = body.body(image[0], floor, spacing_mm) if preset.body_mask else None
+    inside = patient(image, spacing_mm, preset)
     if preset.statistics == "scan":
-        whose = body.body(scan[0], floor, from_mm) if preset.body_mask else None
-        scale = Scale.of(scan, preset, whose)
+        scale = Scale.of(scan, preset, patient(scan, from_mm, preset))
     else:
         scale = Scale.of(image, preset, inside)
-    start, size = [line.start for line in lines], list(image.shape[1:])
-    if preset.foreground_box:
-        ends = bounds(foreground(image, scale, preset, inside))
-        firsts = [max(first - preset.margin, 0) for first, _ in ends]
-        size = [min(last + preset.margin + 1, n) - first for first, (_, last), n in zip(firsts, ends, size, strict=True)]
-        start = [at + first for at, first in zip(start, firsts, strict=True)]
-    wanted = [side or n for side, n in zip(preset.size or (None,) * 3, size, strict=True)]
-    start = [at + max(n - side, 0) // 2 for at, n, side in zip(start, size, wanted, strict=True)]
-    size = [min(n, side) for n, side in zip(size, wanted, strict=True)]
-    cut = tuple(slice(at - line.start, at - line.start + n) for at, n, line in zip(start, size, lines, strict=True))
-    image, label, inside = (None if each is None else each[(..., *cut)] for each in (image, label, inside))
-    assert image is not None
 
-    wanted = [max(side, preset.pad) for side in wanted[:2]] + wanted[2:]
+    first, size, wanted = place(image, scale, preset, inside)
+    cut = (..., *(slice(at, at + n) for at, n in zip(first, size, strict=True)))
+    image, label = image[cut], None if label is None else label[cut]
+    stored, lost = quantise(scale.apply(image, preset, None if inside is None else inside[cut]), preset.dtype)
     pad = [((n := side - have) // 2, n - n // 2) for side, have in zip(wanted, size, strict=True)]
-    stored, lost = quantise(scale.apply(image, preset, inside), preset.dtype)
     stored = np.pad(np.moveaxis(stored, -1, 0), [pad[2], (0, 0), *pad[:2]])  # (d, c, h, w): one slice after another
     label = None if label is None else np.pad(label.astype(np.uint8), pad)
     geometry = {
@@ -485,7 +480,7 @@ def prepare(
         "source": [line.source for line in lines],
         "step": [line.step for line in lines],
         "grid": whole,
-        "start": start,
+        "start": [line.start + at for line, at in zip(lines, first, strict=True)],
         "size": size,
         "pad": [before for before, _ in pad],
     }
@@ -501,6 +496,39 @@ def prepare(
     return Prepared(np.moveaxis(stored, 0, -1), label, spacing_mm, geometry, lost)  # type: ignore[arg-type]
 
 
+def resample(image: Image, label: Image | None, lines: list[Line]) -> tuple[Image, Image | None]:
+    """Image (c, x, y, z) and label (x, y, z) along all three lines.
+
+    The axis that shrinks most goes first, so that the others have less to do. NIfTI files count x fastest: seen from their end,
+    the axes are in the order of the memory, and interpolating along one copies whole runs of the others.
+    """
+    image, label = image.transpose(0, 3, 2, 1), None if label is None else label.T
+    for axis in sorted(range(3), key=lambda axis: (lines[axis].stop - lines[axis].start) / lines[axis].source):
+        image = lines[axis].linear(image, 3 - axis)
+        label = None if label is None else lines[axis].nearest(label, 2 - axis)
+    return image.transpose(0, 3, 2, 1), None if label is None else label.T
+
+
+def patient(image: Image, spacing_mm: tuple[float, ...], preset: Preset) -> NDArray[np.bool_] | None:
+    """The body mask (h, w, d), found in the first channel, where the preset asks for one."""
+    return body.body(image[0], preset.window[0] if preset.window else None, spacing_mm) if preset.body_mask else None
+
+
+def place(
+    image: Image, scale: Scale, preset: Preset, inside: NDArray[np.bool_] | None
+) -> tuple[list[int], list[int], list[int]]:
+    """What is kept of a resampled volume: the first voxel and the length along each axis, and the length after padding."""
+    first, size = [0, 0, 0], list(image.shape[1:])
+    if preset.foreground_box:
+        ends = bounds(foreground(image, scale, preset, inside))
+        first = [max(begin - preset.margin, 0) for begin, _ in ends]
+        size = [min(end + preset.margin + 1, n) - at for at, (_, end), n in zip(first, ends, size, strict=True)]
+    wanted = [side or n for side, n in zip(preset.size or (None,) * 3, size, strict=True)]
+    first = [at + max(n - side, 0) // 2 for at, n, side in zip(first, size, wanted, strict=True)]
+    size = [min(n, side) for n, side in zip(size, wanted, strict=True)]
+    return first, size, [max(side, least) for side, least in zip(wanted, (preset.pad, preset.pad, 0), strict=True)]
+
+
 def filter_slices(stored: Image, label: NDArray[np.uint8] | None, preset: Preset) -> NDArray[np.int64] | None:
     """Which slices of (d, c, h, w) hold enough; None: all of them. Raises ValueError when none does."""
     enough = np.ones(len(stored), bool)
@@ -514,7 +542,7 @@ def filter_slices(stored: Image, label: NDArray[np.uint8] | None, preset: Preset
 
 
 def covered(geometry: Geometry, axis: int) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """For each voxel of the scan along a stored axis: the nearest output, counted from the first kept one; whether it is kept."""
+    """For each of the scan's voxels along a stored axis: its nearest output, counted from the first kept; and if it is kept."""
     step, size, start = geometry["step"][axis], geometry["size"][axis], geometry["start"][axis]
     nearest_output = np.minimum(np.rint(np.arange(geometry["source"][axis]) / step), geometry["grid"][axis] - 1)
     outputs = nearest_output.astype(np.intp) - start
