@@ -102,18 +102,21 @@ def data_list(as_json: Json = False) -> None:
 @data_app.command("prepare")
 def data_prepare(
     source: Annotated[str, typer.Argument(help="A data set's name, or a folder of scans.")],
-    preset: Annotated[str | None, typer.Option(help="How to prepare: ct or mr; default: what the data set says.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="How to prepare: a name that data list shows; default: what the data set says.")
+    ] = None,
     override: Annotated[list[str] | None, typer.Option("-o", help="One field of the preset: spacing_mm=[1,1,1].")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split by patients.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare anew where another preparation lies.")] = False,
     workers: Workers = None,
+    name: Annotated[str | None, typer.Option(help="What the prepared set is called; default: the folder's name.")] = None,
 ) -> None:
     """Read volumes, resample, normalise, and store their slices with a split by patients."""
     from medssl.platform import catalogue
 
     changes = dict(map(catalogue.preset_change, override or []))
     store = catalogue.prepare(
-        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, say=_aside
+        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, name=name, say=_aside
     )
     typer.echo(catalogue.summary(store))
 

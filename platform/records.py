@@ -30,7 +30,10 @@ class Case:
     label: Path | tuple[Mask, ...] | None = None  # one file of class ids, or masks: those of one class are joined
     part: Part | None = None  # set where the data set publishes an official split
     phase: str | None = None  # end diastole, portal venous, a time point …
+    site: str | None = None  # where it was scanned
+    group: str | None = None  # diagnosis, vendor, or whatever the data set groups its patients by
     frame: int | None = None  # which volume of a 4D file, from 0: a time point of a cine scan, or one channel of several
+    modality: Literal["ct", "mr"] | None = None  # where a folder holds both: a preset takes the scans that it suits
 
     @property
     def label_files(self) -> tuple[Path, ...]:

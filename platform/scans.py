@@ -4,9 +4,11 @@ A module of datasets/ says which cases a folder holds (`matches`, `info`, `cases
 `read_case` gives a case as arrays on one grid, its label as class ids; `ingest` prepares what is read here.
 """
 
+import ast
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -18,10 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.platform import atomic, find, formats
+from medssl.platform import atomic, find, formats, geometry
 from medssl.platform.errors import Problem, UsageError
 from medssl.platform.geometry import UNLABELLED, Preset
 from medssl.platform.records import Case, DataInfo, Mask
+from medssl.platform.splits import Split
 from medssl.platform.store import SCHEMA
 
 GRID_TOLERANCE = 0.1  # a label's corners may be this far from its image's, in voxels: headers are rounded to float32
@@ -69,6 +72,39 @@ class Source:
         info = {name: value for name, value in dataclasses.asdict(self.info).items() if name not in NOT_REPEATED} | self._rules
         return digest([info, sorted(map(self.stamp, self.cases), key=lambda stamp: stamp[2])])
 
+    def suiting(self, preset: str | None) -> "Source":
+        """The scans of the modality that a named preset is made for, of CT and MR in one folder. Raises UsageError on none."""
+        wanted = geometry.modality(self.info, preset)
+        cases = tuple(case for case in self.cases if case.modality in (None, wanted))
+        if self.cases and not cases:
+            other = "mr" if wanted == "ct" else "ct"
+            raise UsageError(
+                f"{self.root}: preset {preset or self.info.preset} is for {wanted}, and there is only {other} here"
+            )
+        return dataclasses.replace(self, cases=cases)
+
+    def with_classes(self, chosen: tuple[str, ...] | None) -> "Source":
+        """Labels of the chosen classes alone, numbered from 1 in that order. Raises UsageError on an unknown class."""
+        info = self.info
+        if chosen is None:
+            return self
+        for name in chosen:
+            if name not in info.classes[1:] or chosen.count(name) > 1:
+                raise UsageError(f'preset: classes names "{name}" in vain; {find.nearest(name, info.classes[1:])}, each once')
+        if any(isinstance(case.label, tuple) for case in self.cases):
+            raise UsageError(f"{self.root}: has a mask for each class; leave preset.classes out and choose among the masks")
+        renumbered = {number: chosen.index(name) + 1 if name in chosen else 0 for number, name in enumerate(info.classes)}
+        renumbered[UNLABELLED] = UNLABELLED
+        values = info.label_values or {number: number for number in renumbered}
+        tolerance = info.tolerance_mm and tuple(info.tolerance_mm[info.classes.index(name) - 1] for name in chosen)
+        about = dataclasses.replace(
+            info,
+            classes=("background", *chosen),
+            tolerance_mm=tolerance,
+            label_values={value: renumbered[number] for value, number in values.items()},
+        )
+        return dataclasses.replace(self, info=about)
+
 
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, default=list).encode()).hexdigest()
@@ -83,8 +119,23 @@ def recognise(root: Path) -> str:
         if hasattr(module, "matches") and module.matches(root):
             return name
     raise UsageError(
-        f"{root}: no data set in a known form; expected dataset.json and imagesTr/ (Medical Segmentation Decathlon, nnU-Net)"
+        f"{root}: no data set in a known form; expected dataset.json and imagesTr/ (Medical Segmentation Decathlon, nnU-Net), "
+        "or a form that `medssl data prepare NAME` shows; medssl data list has the names"
     )
+
+
+def form(name: str) -> str:
+    """What a data set's folder looks like, and where to obtain one: the first indented lines of its file's docstring."""
+    text = ast.get_docstring(ast.parse(find.path("dataset", name).read_text())) or ""
+    tree = re.search(r"(?:^    .*\n|^\n)+(?=^\S)", text.partition("\n\n")[2] + "\n.", re.MULTILINE)
+    obtain = find.constant("dataset", name, "OBTAIN", "")
+    return (tree[0].rstrip() if tree else "") + (f"\n\nobtain it from {obtain}" if obtain else "")
+
+
+def published(root: Path) -> list[Split]:
+    """The splits of a folder's data set that papers publish."""
+    module = find.load("dataset", recognise(root))
+    return list(module.splits(root)) if hasattr(module, "splits") else []
 
 
 def find_source(source: str | Path, out: Path) -> Source:
@@ -96,7 +147,7 @@ def find_source(source: str | Path, out: Path) -> Source:
     if isinstance(source, str) and source in find.names("dataset"):
         module = find.load("dataset", source)
         if not hasattr(module, "generate"):
-            raise UsageError(f'data set "{source}" reads a folder of scans; give the folder instead of the name')
+            raise UsageError(f'data set "{source}" is read from a folder; give a folder of this form:\n\n{form(source)}')
         root, generator = out / "source", program(source)
         generate(module, root, generator)
     else:
