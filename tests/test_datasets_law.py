@@ -136,7 +136,8 @@ def test_each_task_of_the_decathlon_is_known(tmp_path, task):
     drawn = writer("decathlon")(root, task)
     channels, organs = decathlon.TASKS[task]
     info = decathlon.info(root)
-    assert (info.channels, info.classes[1:], info.licence) == (channels, organs, decathlon.LICENCE)
+    assert (info.channels, info.classes[1:]) == (channels, organs)
+    assert (info.citation, info.obtain) == (decathlon.CITATION, decathlon.OBTAIN)
     assert geometry.modality(info) == ("ct" if channels == ("CT",) else "mr")
     store = ingest.prepare(root, tmp_path / "store", workers=1)
     assert store.channels == (1 if task == "Task05_Prostate" else len(channels))
@@ -161,7 +162,7 @@ def test_channels_and_classes_can_be_chosen(tmp_path):
 
 
 def test_a_preset_for_the_other_modality_is_refused_where_only_one_is_there(miniatures, tmp_path):
-    with pytest.raises(UsageError, match="preset ct is for ct, and only mr is here"):
+    with pytest.raises(UsageError, match="preset ct is for ct, and there is only mr here"):
         ingest.prepare(miniatures["mmwhs"][0] / "mr_train", tmp_path, preset="ct", workers=1)
 
 
