@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medssl.platform import catalogue, find, geometry, ingest, scans
+from medssl.platform import catalogue, find, geometry, ingest, scans, splits
 from medssl.platform.datasets import decathlon
 from medssl.platform.errors import UsageError
 from medssl.platform.records import UNLABELLED
@@ -174,6 +174,22 @@ def test_published_splits_that_fit_are_in_the_prepared_set(tmp_path, monkeypatch
     store = catalogue.prepare(str(root), name="prostate-t2", workers=1, say=told.append)
     assert store.root == tmp_path / "data" / "prostate-t2"
     assert any("14 published splits left out" in line for line in told)
+
+
+def test_a_collection_without_labels_pretrains_on_everybody(miniatures, tmp_path):
+    store = ingest.prepare(miniatures["nnssl"][0], tmp_path, workers=1)
+    split = splits.make(store)
+    assert (split.train, split.val, split.test, split.labelled) == (store.patients, (), (), ())
+    splits.save(split, store)
+    assert splits.load(store, "seed-0") == split
+
+
+def test_data_list_says_what_each_set_is_and_where_it_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDSSL_DATA", str(tmp_path))
+    text = catalogue.describe(catalogue.entries())
+    for name in READ:
+        assert find.constant("dataset", name, "OBTAIN") in text
+        assert find.constant("dataset", name, "LICENCE") in text
 
 
 REAL = ("Task04_Hippocampus", "SunnybrookLV", "TotalSegSamples")
