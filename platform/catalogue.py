@@ -90,11 +90,8 @@ def _known(source: str) -> str:
 
 
 def split(store: Store, name: str) -> Split:
-    """A split of a prepared set by its name; `seed-N` is drawn on first use."""
-    kind, _, number = name.partition("-")
-    if kind == "seed" and number.isdecimal() and not (store.root / "splits" / f"{name}.json").exists():
-        splits.save(splits.make(store, int(number)), store)
-    return splits.load(store, name)
+    """A split of a prepared set by its name, drawn or read on first use; splits.py says which names there are."""
+    return splits.named(store, name)
 
 
 def preset_change(text: str) -> tuple[str, Any]:

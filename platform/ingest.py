@@ -79,7 +79,8 @@ class Source:
         """What changes when the case's files do. Modification times, as reading 200 GB to find nothing new would not do."""
         files = [*case.images, *([case.label] if case.label else [])]
         stats = [] if self.generator else [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-        return [self.generator, case.patient, case.volume, case.part, case.phase, stats]
+        strata = [case.site, case.group] if case.site or case.group else []
+        return [self.generator, case.patient, case.volume, case.part, case.phase, stats, *strata]
 
     def signature(self, case: Case, preset: Preset) -> str:
         """Names the prepared form of one case."""
@@ -330,6 +331,7 @@ def slice_table(case: Case, prepared: geometry.Prepared) -> "pa.Table":
     images = [prepared.image[..., k].tobytes() for k in range(slices)]
     labels = None if prepared.label is None else np.ascontiguousarray(prepared.label.transpose(2, 0, 1))
     masks = [None] * slices if labels is None else [plane.tobytes() for plane in labels]
+    pixels = [hashlib.sha256(image).digest() for image in images]
     record = VolumeRecord(
         volume=case.volume,
         patient=case.patient,
@@ -343,8 +345,11 @@ def slice_table(case: Case, prepared: geometry.Prepared) -> "pa.Table":
         phase=case.phase,
         geometry=prepared.geometry,
         digest="",
+        site=case.site,
+        group=case.group,
+        content=digest([height, width, channels, [each.hex() for each in pixels]]),
     )
-    record = dataclasses.replace(record, digest=volume_digest(record, map(slice_digest, images, masks)))
+    record = dataclasses.replace(record, digest=volume_digest(record, map(slice_digest, pixels, masks)))
     columns = {
         "patient": [case.patient] * slices,
         "volume": [case.volume] * slices,
@@ -367,15 +372,15 @@ def foreground(label: NDArray[np.uint8]) -> float | None:
     return None if not annotated else (int((label != 0).sum()) - label.size + annotated) / annotated
 
 
-def slice_digest(image: bytes, label: bytes | None) -> str:
-    return hashlib.sha256(
-        hashlib.sha256(image).digest() + (b"" if label is None else hashlib.sha256(label).digest())
-    ).hexdigest()
+def slice_digest(pixels: bytes, label: bytes | None) -> str:
+    """pixels    the SHA-256 of the image"""
+    return hashlib.sha256(pixels + (b"" if label is None else hashlib.sha256(label).digest())).hexdigest()
 
 
 def volume_digest(record: VolumeRecord, slices: Iterable[str]) -> str:
     """Hash of what a volume holds and whose it is; its slices in order."""
-    fields = {key: value for key, value in dataclasses.asdict(record).items() if key not in ("geometry", "digest")}
+    apart = ("geometry", "digest", "site", "group", "content")
+    fields = {key: value for key, value in dataclasses.asdict(record).items() if key not in apart}
     return digest([fields, list(slices)])
 
 
@@ -636,7 +641,8 @@ def digests(file: Path) -> list[tuple[str, int, str]] | Problem:
     except (OSError, pa.ArrowException) as error:
         return Problem(file, f"cannot be read ({str(error).splitlines()[0]}); prepare the data set anew with --overwrite")
     volume, number, image, label = (column.to_pylist() for column in table.columns)
-    return list(zip(volume, number, map(slice_digest, image, label), strict=True))
+    pixels = (hashlib.sha256(each).digest() for each in image)
+    return list(zip(volume, number, map(slice_digest, pixels, label), strict=True))
 
 
 def check_store(store: Store, workers: int, work: MapUnordered) -> list[Problem]:

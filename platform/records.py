@@ -22,6 +22,8 @@ class Case:
     label: Path | None = None
     part: Part | None = None  # set where the data set publishes an official split
     phase: str | None = None  # end diastole, portal venous, a time point …
+    site: str | None = None  # where it was scanned
+    group: str | None = None  # diagnosis, vendor, or whatever the data set groups its patients by
 
 
 @dataclass(frozen=True)

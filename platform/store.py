@@ -50,6 +50,9 @@ class VolumeRecord:
     phase: str | None
     geometry: Geometry  # how `geometry.restore` puts labels back into the scan's grid
     digest: str  # of its content, whatever file its slices lie in
+    site: str | None = None
+    group: str | None = None
+    content: str = ""  # of its pixels alone, whoever they are said to belong to; equal for a scan that is there twice
 
 
 @dataclass(frozen=True)
