@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from medssl.platform import atomic, geometry, ingest
+from medssl.platform import atomic, geometry, scans
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.evaluate import infer
 from medssl.platform.records import Case, DataInfo, Volume
@@ -105,7 +105,7 @@ def _segment(
     spatial_dims: int,
 ) -> NDArray[np.uint8]:
     """Class ids (x, y, z) on the grid of the scan, which is read and checked as the training data were."""
-    image, affine = ingest.read_image(case, info)
+    image, affine = scans.read_image(case, info)
     try:
         prepared = geometry.prepare(image, affine, None, preset)
     except ValueError as error:

@@ -10,7 +10,7 @@ the same split on any machine and in any order of files, and a new patient does 
                             the same, every stratum shared out in proportion: within one patient in test, val and every
                             labelled subset
     official                what the data set publishes; val is drawn (seed 0) where it publishes none
-    FILE.json, FILE.csv     the user's own: {"train": [...], "val": [...], "test": [...]} or the columns patient (or volume), part
+    FILE.json, FILE.csv     the user's own: {"train": [...], "val": [...], "test": [...]}, or columns patient (or volume), part
 
 `seed-N` keeps published parts too. Folds are drawn from what is published for training, and the published test patients stay
 out of all of them. Unlabelled patients train. What a file leaves out is left out.
@@ -211,10 +211,10 @@ def verify(split: Split, store: Store) -> None:
         if volume.content and volume.patient in home:
             twin = seen.setdefault(volume.content, volume)
             if home[twin.patient] != home[volume.patient]:
+                one, other = (f'{v.volume} of patient "{v.patient}" in {home[v.patient]}' for v in (twin, volume))
                 raise UsageError(
-                    f'split "{split.name}": {twin.volume} of patient "{twin.patient}" in {home[twin.patient]} and {volume.volume} '
-                    f'of patient "{volume.patient}" in {home[volume.patient]} are the same scan; leave one out, or give both one '
-                    "patient, and prepare again"
+                    f'split "{split.name}": {one} and {other} are the same scan; leave one out, or give both one patient, and '
+                    "prepare again"
                 )
 
 

@@ -152,8 +152,8 @@ def grouped(draw):
     records = []
     for group, size in enumerate(groups):
         for number in range(size):
-            for volume in range(draw(st.integers(1, 3))):
-                records.append(record(f"{group}-{number}-{volume}", f"{group}-{number}", group=str(group)))
+            patient = f"{group}-{number}"
+            records += [record(f"{patient}-{v}", patient, group=str(group)) for v in range(draw(st.integers(1, 3)))]
     records += [record(f"u{n}", f"u{n}", labelled=False) for n in range(draw(st.integers(0, 3)))]
     return store_of(records), draw(st.integers(0, 9))
 
@@ -264,7 +264,8 @@ def test_a_file_of_the_users_is_a_split_by_patients_or_by_volumes(tmp_path):
     (tmp_path / "mine.csv").write_text("\n".join([*rows, "0-B,test"]))
     with pytest.raises(UsageError, match=r'patient "p000" is in train and in test'):
         splits.named(store, str(tmp_path / "mine.csv"))
-    for text, why in (("[]", "not a split"), ('{"train": "p000"}', "is not a list"), ('{"train": []}', "KeyError"), ("{", "JSON")):
+    wrong = {"[]": "not a split", '{"train": "p000"}': "is not a list", '{"train": []}': "KeyError", "{": "JSON"}
+    for text, why in wrong.items():
         (tmp_path / "mine.json").write_text(text)
         with pytest.raises(UsageError, match=why):
             splits.named(store, str(tmp_path / "mine.json"))
