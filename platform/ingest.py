@@ -307,9 +307,10 @@ def prepare(
         if not mine:
             raise RunError(f"{out}: another process is preparing it; wait until it is done")
         found = find_source(source, out)
+        wanted = geometry.resolve(found.info, preset, changes)
+        found = found.suiting(preset).with_classes(wanted.classes)
         for problem in listing_problems(found):
             raise problem
-        wanted = geometry.resolve(found.info, preset, changes)
         if (out / "manifest.json").exists():
             if not overwrite:
                 return same(Store.open(out), found, wanted)

@@ -146,8 +146,9 @@ def check(
     with tempfile.TemporaryDirectory() as scratch:
         try:
             found = scans.find_source(source, Path(scratch))
-            missing = scans.listing_problems(found)
             preset = geometry.resolve(found.info)
+            found = found.suiting(None).with_classes(preset.classes)
+            missing = scans.listing_problems(found)
         except RunError as error:  # the listing itself: no volume can be looked at
             file, _, what = str(error).partition(": ")
             return Report(str(source), "scans", 0, 0, (Finding("error", "listing", Path(file), what),))
@@ -192,7 +193,9 @@ def look(task: Task) -> Measured:
     label = _label(case, info, image, affine, problems)
     if image is not None and affine is not None:
         try:
-            geometry.prepare(image, affine, label, task.preset)
+            geometry.prepare(
+                image, affine, label if label is not None and label.shape == image.shape[1:] else None, task.preset
+            )
             spacing, axes = geometry.spacing_and_axes(affine)
         except ValueError as error:
             problems.append(("preparation", Problem(case.images[0], str(error))))
@@ -219,17 +222,18 @@ def look(task: Task) -> Measured:
 def _label(
     case: Case, info: DataInfo, image: NDArray[Any] | None, affine: NDArray[Any] | None, problems: list[tuple[str, Problem]]
 ) -> NDArray[np.uint8] | None:
-    """The label, if it is whole and lies on the image's grid; what is wrong with grid and values goes to `problems`."""
-    if not case.label or not case.label.is_file():
+    """The class ids, if the label's values mean something; what is wrong with grid and values goes to `problems`."""
+    if not all(file.is_file() for file in case.label_files):
         return None
     if image is not None and affine is not None:
         try:
-            return scans.read_label(case.label, case.images[0], image.shape[1:], affine, info.classes)
+            return scans.read_label(case, info, image.shape[1:], affine)
         except Problem as problem:
             problems.append(("label", problem))
+    if not isinstance(case.label, Path):
+        return None
     try:  # on its own grid: whether its values mean something
-        values, its_affine = scans.read_nifti(case.label)
-        scans.read_label(case.label, case.images[0], values.shape, its_affine, info.classes)
+        return scans.class_ids(scans.read_volume(case.label, case.frame)[0], case.label, info)
     except Problem as problem:
         if problem.what not in [known.what for _, known in problems]:
             problems.append(("label", problem))
@@ -243,12 +247,9 @@ def _percentiles(channel: NDArray[Any]) -> tuple[float, ...]:
 
 def voxel_digest(image: NDArray[Any]) -> str:
     """Hash of shape and values (c, x, y, z), the same for every data type that holds them. Floats count to 24 bits."""
-    low, high = float(image.min()), float(image.max())
-    whole = image.dtype.kind != "f" or bool((image == np.rint(image)).all())
-    if not whole:
-        dtype = "<f4"
-    else:
-        dtype = "<i2" if low >= -(1 << 15) and high < 1 << 15 else "<i8"
+    largest = max(abs(float(image.min())), abs(float(image.max())))
+    whole = largest < 1 << 62 and (image.dtype.kind != "f" or bool((image == np.rint(image)).all()))
+    dtype = ("<i2" if largest < 1 << 15 else "<i8") if whole else "<f4"
     made = hashlib.sha256(f"{image.shape}{dtype}".encode())
     for channel in image:
         stored = channel.astype(dtype, copy=False)
