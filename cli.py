@@ -102,7 +102,9 @@ def data_list(as_json: Json = False) -> None:
 @data_app.command("prepare")
 def data_prepare(
     source: Annotated[str, typer.Argument(help="A data set's name, or a folder of scans.")],
-    preset: Annotated[str | None, typer.Option(help="How to prepare: ct or mr; default: what the data set says.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="How to prepare: a name that data list shows; default: what the data set says.")
+    ] = None,
     override: Annotated[list[str] | None, typer.Option("-o", help="One field of the preset: spacing_mm=[1,1,1].")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split by patients.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare anew where another preparation lies.")] = False,

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medssl.platform import find, splits
 from medssl.platform.config import override
 from medssl.platform.errors import UsageError
+from medssl.platform.geometry import PRESETS, may_filter
 from medssl.platform.site import Site
 from medssl.platform.splits import Split
 from medssl.platform.store import Store
@@ -74,13 +76,16 @@ def prepare(
 def _telling(what: str, say: Say) -> Callable[[int, int, str], None]:
     """A line with the time that is left, now and then: at once, every ten seconds, and at the end."""
     begun = told = time.monotonic()
+    kind, before = "", 0  # what is counted now, and how much of it an earlier run had done
 
     def tell(done: int, total: int, of: str) -> None:
-        nonlocal told
+        nonlocal told, begun, kind, before
         now = time.monotonic()
-        if done in (0, total) or now - told >= 10:
+        if new := of != kind:
+            begun, kind, before = now, of, done
+        if new or done == total or now - told >= 10:
             told = now
-            left = f", about {(now - begun) / done * (total - done):.0f} s left" if 0 < done < total else ""
+            left = f", about {(now - begun) / (done - before) * (total - done):.0f} s left" if before < done < total else ""
             say(f"{what}: {done} of {total} {of}{left}")
 
     return tell
@@ -127,30 +132,65 @@ def entries() -> dict[str, Any]:
             "slices": sum(volume.slices for volume in store.volumes),
             "classes": list(store.classes[1:]),
             "licence": store.licence,
+            "quantisation": store.quantisation | {"dtype": store.preset.dtype},
             "content": store.content_hash,
         }
     known = {
-        name: {"what": find.summary("dataset", name), "obtain": find.constant("dataset", name, "OBTAIN", "")}
+        name: {
+            "what": find.summary("dataset", name),
+            "licence": find.constant("dataset", name, "LICENCE", ""),
+            "obtain": find.constant("dataset", name, "OBTAIN", ""),
+        }
         for name in find.names("dataset")
     }
-    return {"known": known, "prepared": prepared}
+    return {"known": known, "presets": {name: asdict(preset) for name, preset in PRESETS.items()}, "prepared": prepared}
 
 
 def describe(found: dict[str, Any]) -> str:
     """The same for people."""
-    lines = ["known by name"] + [
-        f"  {name:<20} {about['what']}" + (f" From {about['obtain']}" if about["obtain"] else "")
-        for name, about in found["known"].items()
-    ]
+    lines = ["known by name: `medssl data prepare NAME` shows the form of the folder to give"]
+    for name, about in found["known"].items():
+        lines.append(f"  {name:<20} {about['what']}")
+        lines += [f"  {'':<20} {about['licence']}; {about['obtain']}"] if about["obtain"] else []
+    lines += [f"presets, for data prepare --preset: {', '.join(found['presets'])} (platform/geometry.py)"]
     lines += [f"prepared in {Site.here().data}"]
     for name, about in found["prepared"].items():
         counts = f"{about['patients']} patients, {about['volumes']} volumes, {about['slices']} slices"
-        lines.append(f"  {name:<20} {counts}, {len(about['classes'])} classes, {about['licence']}")
+        stored = f"{about['quantisation']['dtype']}{_within(about['quantisation'])}"
+        lines.append(f"  {name:<20} {counts}, {len(about['classes'])} classes, {stored}, {about['licence']}")
     return "\n".join(lines if found["prepared"] else [*lines, "  none yet: medssl data prepare phantom"])
 
 
+def _within(quantisation: Mapping[str, Any]) -> str:
+    return f" within {quantisation['max']:.2g} (rms {quantisation['rms']:.2g})" if "max" in quantisation else ""
+
+
+def losses(store: Store) -> list[str]:
+    """A line for each thing that the prepared form no longer says of the scans: rounding, labels cut off, slices left out."""
+    lines, said = [], store.quantisation
+    if said:
+        unit = "of a standard deviation" if store.preset.zscore else "of the range 0 to 1"
+        hu = ""
+        if store.preset.window and not store.preset.zscore:
+            width = store.preset.window[1] - store.preset.window[0]
+            hu = f": {width * said['max']:.2g} HU (rms {width * said['rms']:.2g})"
+        lines.append(f"stored as {store.preset.dtype}{_within(said)} {unit} from float32{hu}")
+    cut = [volume for volume in store.volumes if volume.lost.get("label_voxels")]
+    if cut:
+        part = {volume.volume: volume.lost["label_voxels"] / volume.lost["label_voxels_of"] for volume in cut}
+        worst = max(part, key=lambda name: part[name])
+        lines.append(
+            f"labels cut off by the box or the crop in {len(cut)} volumes, most in {worst}: {part[worst]:.1%} of its foreground"
+        )
+    if store.preset.slice_content or store.preset.slice_foreground:
+        left = sum(volume.geometry["slices"] - volume.slices for volume in store.volumes if "kept" in volume.geometry)
+        whole = sum(not may_filter(volume.labelled, volume.part) for volume in store.volumes)
+        lines.append(f"{left} slices left out; {whole} volumes that a split may put into its test part keep all of theirs")
+    return lines
+
+
 def summary(store: Store) -> str:
-    """What a prepared set holds, with its splits."""
+    """What a prepared set holds, with its splits; last, what it no longer says of the scans."""
     slices = sum(volume.slices for volume in store.volumes)
     counts = f"{len(store.volumes)} volumes of {len(store.patients)} patients, {slices} slices"
     lines = [f"{store.root}: {counts}, content {store.content_hash}"]
@@ -158,4 +198,4 @@ def summary(store: Store) -> str:
         parts = splits.load(store, file.stem)
         train = f"{len(parts.train)} train ({len(parts.labelled)} labelled)"
         lines.append(f"split {parts.name}: {train}, {len(parts.val)} val, {len(parts.test)} test patients")
-    return "\n".join(lines)
+    return "\n".join([*lines, *losses(store)])

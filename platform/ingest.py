@@ -3,13 +3,20 @@
     out/.work/<signature>.arrow    one prepared volume, written whole as it is done: a killed ingest goes on from here
     out/slices/part-00000.parquet  about PART_BYTES of slices each, shuffled over the whole data set with a fixed seed
     out/manifest.json              last; then .work goes
+    out/.n4/<signature>.npy        one bias-corrected scan: stays, so that another preparation of it need not wait again
     out/source/                    what a generated data set wrote
 
 The same sources and preset again do nothing. The content hash is made of the volumes' own hashes, so neither the order in which
 they were done nor the files they were dealt into change it.
+
+Memory is bounded by `workers` times the largest volume (`expected_bytes`), and while slices are shuffled by `workers` times
+four PART_BYTES, however many volumes there are: where that does not fit, fewer workers are started, and a volume that does not
+fit alone is refused by name before anything is read.
 """
 
+import contextlib
 import dataclasses
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -17,6 +24,7 @@ import os
 import shutil
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +47,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PART_BYTES = 64 << 20  # pixels of a slice file before compression
+WORKER_BYTES = 200 << 20  # a worker with its imports and nothing to do
+MEMORY = 0.8  # of what is free, for all workers together
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -57,16 +67,29 @@ class VolumeTask:
     info: DataInfo
     preset: Preset
     path: Path  # where its slices go
+    cache: Path | None = None  # where its bias-corrected form is kept
+    limit: int | None = None  # bytes that preparing it may take
 
 
 def ingest_volume(task: VolumeTask) -> None:
     """Read, check, prepare and write one volume. Raises Problem, or RunError when the disk is full."""
     image, affine, label = read_case(task.case, task.info)
+    filtered = geometry.may_filter(label is not None, task.case.part)
     try:
-        prepared = geometry.prepare(image, affine, label, task.preset)
+        needed = geometry.peak_bytes(image.itemsize, affine, image.shape[1:], len(image), task.preset)
+        if task.limit is not None and needed > task.limit:
+            raise too_large(task.case, needed, task.limit)
+        prepared = geometry.prepare(image, affine, label, task.preset, filtered=filtered, cache=task.cache)
     except ValueError as error:
         raise Problem(task.case.images[0], str(error)) from error
     write_table(task.path, slice_table(task.case, prepared), final=False)
+
+
+def too_large(case: Case, needed: int, limit: int) -> Problem:
+    what = f"preparing it takes about {needed / 2**30:.1f} GB of memory, and {limit / 2**30:.1f} GB are free for it"
+    return Problem(
+        case.images[0], f"{what}; is its spacing right? else free memory, use fewer --workers, or a coarser spacing_mm"
+    )
 
 
 def schema() -> "pa.Schema":
@@ -109,13 +132,15 @@ def slice_table(case: Case, prepared: geometry.Prepared) -> "pa.Table":
         site=case.site,
         group=case.group,
         content=digest([height, width, channels, [each.hex() for each in pixels]]),
+        lost=prepared.lost,
     )
+    at = np.asarray(prepared.geometry.get("kept", range(slices)), np.float32)
     record = dataclasses.replace(record, digest=volume_digest(record, map(slice_digest, pixels, masks)))
     columns = {
         "patient": [case.patient] * slices,
         "volume": [case.volume] * slices,
         "slice_index": range(slices),
-        "position": np.arange(slices, dtype=np.float32) / max(slices - 1, 1),
+        "position": (at - at[0]) / max(at[-1] - at[0], 1),
         "image": images,
         "label": masks,
         "height": [height] * slices,
@@ -140,7 +165,7 @@ def slice_digest(pixels: bytes, label: bytes | None) -> str:
 
 def volume_digest(record: VolumeRecord, slices: Iterable[str]) -> str:
     """Hash of what a volume holds and whose it is; its slices in order."""
-    apart = ("geometry", "digest", "site", "group", "content")
+    apart = ("geometry", "digest", "site", "group", "content", "lost")
     fields = {key: value for key, value in dataclasses.asdict(record).items() if key not in apart}
     return digest([fields, list(slices)])
 
@@ -311,9 +336,13 @@ def prepare(
         found = found.suiting(preset).with_classes(wanted.classes)
         for problem in listing_problems(found):
             raise problem
+        for half in out.glob(".manifest.json.*"):  # of a process that was killed while it wrote
+            half.unlink()
         if (out / "manifest.json").exists():
             if not overwrite:
-                return same(Store.open(out), found, wanted)
+                store = same(Store.open(out), found, wanted)
+                shutil.rmtree(out / ".work", ignore_errors=True)  # of a process that was killed in its last act
+                return store
             (out / "manifest.json").unlink()
         workers = workers or cores()
         return assemble(found, out, wanted, workers, progress, map_unordered or default_map(workers))
@@ -336,12 +365,16 @@ def assemble(source: Source, out: Path, preset: Preset, workers: int, progress: 
     """Prepare the volumes that are not yet there, deal their slices into files, write the manifest."""
     cases = sorted(source.cases, key=lambda case: case.volume)
     paths = [out / ".work" / f"{source.signature(case, preset)}.arrow" for case in cases]
-    tasks = [
-        VolumeTask(case, source.info, preset, path) for case, path in zip(cases, paths, strict=True) if not read_record(path)
-    ]
-    progress(len(cases) - len(tasks), len(cases), "volumes")
-    for done, _ in enumerate(map_unordered(ingest_volume, tasks, workers), len(cases) - len(tasks) + 1):
-        progress(done, len(cases), "volumes")
+    caches = corrected_scans(source, cases, out / ".n4", preset)
+    missing = [k for k, path in enumerate(paths) if not read_record(path)]
+    fewer, limit = within_memory([cases[k] for k in missing], preset, workers)
+    tasks = [VolumeTask(cases[k], source.info, preset, paths[k], caches[k], limit) for k in missing]
+    what = (
+        "volumes" if fewer == min(workers, max(len(tasks), 1)) else f"volumes, {fewer} at a time: more exceed the free memory"
+    )
+    progress(len(cases) - len(tasks), len(cases), what)
+    for done, _ in enumerate(map_unordered(ingest_volume, tasks, fewer), len(cases) - len(tasks) + 1):
+        progress(done, len(cases), what)
 
     records = [record for path in paths if (record := read_record(path))]
     assert len(records) == len(cases)
@@ -367,3 +400,65 @@ def assemble(source: Source, out: Path, preset: Preset, workers: int, progress: 
     atomic.write_json(out / "manifest.json", store.manifest())
     shutil.rmtree(out / ".work")
     return store
+
+
+def corrected_scans(source: Source, cases: Sequence[Case], folder: Path, preset: Preset) -> list[Path | None]:
+    """Where the bias-corrected form of each scan is kept, which depends on its files alone; others are removed."""
+    if not preset.n4:
+        return [None] * len(cases)
+    named = [folder / f"{digest([preset.n4, source.info.channels, source.stamp(case)])}.npy" for case in cases]
+    for file in set(folder.glob("*")) | set(folder.glob(".*")):
+        if file not in named:
+            file.unlink()
+    return list(named)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- memory
+
+
+def expected_bytes(case: Case, preset: Preset) -> int:
+    """About the memory that reading and preparing a volume takes, told by a NIfTI file's header, else by its size on disk."""
+    import nibabel
+
+    first = case.images[0]
+    with contextlib.suppress(OSError, EOFError, zlib.error, ValueError, nibabel.filebasedimages.ImageFileError):
+        with gzip.open(first) if first.name.endswith(".gz") else open(first, "rb") as file:
+            begin = file.read(540)
+        kinds = (nibabel.Nifti1Header, nibabel.Nifti2Header)
+        header = next((kind for kind in kinds if kind.may_contain_header(begin)), None)
+        if header is not None:
+            said = header(begin[: header.sizeof_hdr], check=False)
+            shape, voxel = said.get_data_shape(), said.get_data_dtype().itemsize
+            channels = max(len(case.images), int(np.prod(shape[3:])))
+            read = channels * int(np.prod(shape[:3])) * voxel  # once as bytes, once as the array that `peak_bytes` counts
+            return read + geometry.peak_bytes(voxel, said.get_best_affine(), shape[:3], channels, preset)
+    files = [each for image in case.images for each in ([image] if image.is_file() else image.rglob("*"))]
+    return 10 * sum(file.stat().st_size for file in files if file.is_file())  # 2 bytes a voxel become twice 4, twice over
+
+
+def free_bytes() -> int:
+    """Memory that may be taken without swapping, of this machine or of its container."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) << 10
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
+
+
+def within_memory(cases: Sequence[Case], preset: Preset, workers: int) -> tuple[int, int]:
+    """How many workers have room for the largest volume each, at most `workers`; and the bytes that each may take.
+
+    Raises Problem for a volume that one worker alone has no room for.
+    """
+    room, workers = int(MEMORY * free_bytes()), max(1, min(workers, len(cases)))
+    largest, needed = None, 0
+    for case in cases:
+        if (expected := expected_bytes(case, preset)) > needed:
+            largest, needed = case, expected
+    if largest is not None and needed > room - WORKER_BYTES:
+        raise too_large(largest, needed, max(room - WORKER_BYTES, 0))
+    workers = max(1, min(workers, room // (needed + WORKER_BYTES)))
+    return workers, room // workers - WORKER_BYTES

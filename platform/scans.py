@@ -6,12 +6,10 @@ A module of datasets/ says which cases a folder holds (`matches`, `info`, `cases
 
 import ast
 import dataclasses
-import gzip
 import hashlib
 import json
 import re
 import shutil
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.platform import atomic, find, geometry
-from medssl.platform.errors import RunError, UsageError
+from medssl.platform import atomic, find, formats, geometry
+from medssl.platform.errors import Problem, UsageError
 from medssl.platform.geometry import UNLABELLED, Preset
 from medssl.platform.records import Case, DataInfo, Mask
 from medssl.platform.splits import Split
@@ -31,18 +29,6 @@ from medssl.platform.store import SCHEMA
 
 GRID_TOLERANCE = 0.1  # a label's corners may be this far from its image's, in voxels: headers are rounded to float32
 NOT_REPEATED = {"label_values", "mask_threshold", "obtain"}  # what a store does not say about its source
-
-
-class Problem(RunError):
-    """What is wrong with one file: `prepare` raises the first, `check` lists all."""
-
-    def __init__(self, file: Path, what: str) -> None:
-        super().__init__(file, what)
-        self.file = file
-        self.what = what
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.what}"
 
 
 # ------------------------------------------------------------------------------------------------------ where scans come from
@@ -60,7 +46,7 @@ class Source:
     def stamp(self, case: Case) -> list[Any]:
         """What changes when the case's files do. Modification times, as reading 200 GB to find nothing new would not do."""
         paths = [*case.images, *case.label_files]
-        files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        files = [file for path in paths for file in formats.members(path)]
         stats = [] if self.generator else [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
         stamp: list[Any] = [self.generator, case.patient, case.volume, case.part, case.phase, stats]
         if case.frame is not None:
@@ -199,7 +185,7 @@ def listing_problems(source: Source) -> list[Problem]:
             )
     for case in source.cases:
         for file in case.label_files:
-            if not file.is_file():
+            if not file.exists():
                 what = f"its label {file} is missing; add it, or move the image to imagesTs/ as unlabelled"
                 found.append(Problem(case.images[0], what))
         found += [Problem(file, "is missing; download it again") for file in case.images if not file.exists()]
@@ -207,37 +193,6 @@ def listing_problems(source: Source) -> list[Problem]:
 
 
 # ---------------------------------------------------------------------------------------------------------- reading one volume
-
-
-def read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Voxels (x, y, z[, channel]) as stored (float32 where the header scales them), and the affine. Raises Problem."""
-    import nibabel
-
-    try:
-        raw = path.read_bytes()
-        if path.name.endswith(".gz"):
-            raw = gzip.decompress(raw)
-        kind = next(
-            kind for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image) if kind.header_class.may_contain_header(raw[:540])
-        )
-        image = kind.from_bytes(raw)
-        array = np.asanyarray(image.dataobj)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise Problem(path, f"its gzip stream is cut short or damaged ({error}); copy the file again") from error
-    except (
-        StopIteration,
-        ValueError,
-        OSError,
-        nibabel.filebasedimages.ImageFileError,
-        nibabel.spatialimages.HeaderDataError,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else "no NIfTI header"
-        raise Problem(path, f"not a whole NIfTI file ({reason}); expected .nii or .nii.gz; export or copy it again") from error
-    if array.dtype.kind not in "iufb":
-        raise Problem(path, f"its voxels are {array.dtype}, expected real numbers; export one number per voxel")
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    return array.astype(np.float32) if array.dtype == np.float64 else array, image.affine
 
 
 def of_frame(array: NDArray[Any], frame: int, path: Path) -> NDArray[Any]:
@@ -256,7 +211,7 @@ def read_image(case: Case, info: DataInfo) -> tuple[NDArray[Any], NDArray[np.flo
     channels: list[NDArray[Any]] = []
     affine = None
     for path in case.images:
-        array, its_affine = read_nifti(path)
+        array, its_affine = formats.read(path)
         if case.frame is not None:
             array = of_frame(array, case.frame, path)
         if array.ndim != 3 + together or (together and array.shape[-1] != len(info.channels)):
@@ -296,7 +251,9 @@ def same_grid(shape: tuple[int, ...], affine: NDArray[Any], other_shape: tuple[i
 def read_on_grid(path: Path, case: Case, shape: tuple[int, ...], affine: NDArray[Any]) -> NDArray[Any]:
     """A label file's values (x, y, z), on the grid of the image. Raises Problem."""
     image = case.images[0].name
-    values, its_affine = read_nifti(path)
+    values, its_affine = formats.read(path, ids=True)
+    if formats.is_stack(path) and not formats.is_stack(case.images[0]) and values.shape == shape:
+        values, its_affine = formats.in_order_of(case.images[0], values), affine  # pictures have no place of their own
     if case.frame is not None and values.ndim == 4:  # a frame's label is a file of its own, or lies at the same place
         values = of_frame(values, case.frame, path)
     if values.shape != shape:

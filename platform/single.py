@@ -204,6 +204,6 @@ def predict(name: str, files: Sequence[Path], out: Path, *, say: Say) -> list[Pa
         files,
         out,
         **stages.inference(experiment),
-        channels=store.channels,
+        channels=store.channels // store.preset.depth,  # of the scan: neighbouring slices come with it
         progress=say,
     )

@@ -54,7 +54,7 @@ def with_monai(images: list[Path], out: Path) -> None:
             mt.LoadImaged(both),
             mt.EnsureChannelFirstd(both),
             mt.Orientationd(both, axcodes="RAS", labels=None),
-            mt.Spacingd(both, pixdim=preset.spacing_mm or -1.0, mode=("bilinear", "nearest")),
+            mt.Spacingd(both, pixdim=(1.0, 1.0, 2.5), mode=("bilinear", "nearest")),
             mt.ScaleIntensityRanged("image", *preset.window, 0.0, 1.0, clip=True),
             mt.CropForegroundd(both, source_key="image", allow_smaller=False),
             mt.SpatialPadd(both, (preset.pad, preset.pad, -1)),

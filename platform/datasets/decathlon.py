@@ -12,11 +12,11 @@
 Formats: Antonelli et al., Nature Communications 2022, https://doi.org/10.1038/s41467-022-30695-9 (http://medicaldecathlon.com);
 nnU-Net, documentation/dataset_format.md of https://github.com/MIC-DKFZ/nnUNet.
 
-The ten tasks of the Decathlon, CC BY-SA 4.0 from http://medicaldecathlon.com/dataaws (Antonelli et al. 2022), are known by
-their folders' names (TASKS): what a dataset.json does not say is taken from there. Channels of a task with several are chosen by
-`-o channels=[0]`. Task05_Prostate has the preset and splits of global and local contrast (Chaitanya 2020,
+The ten tasks of the Decathlon are known by their folders' names (TASKS): what their dataset.json does not say is taken from
+there; CC BY-SA 4.0, from http://medicaldecathlon.com/dataaws. Of several channels `-o channels=[0]` takes the first.
+Task05_Prostate has the preset and splits of global and local contrast (Chaitanya 2020,
 https://doi.org/10.48550/arXiv.2006.10511): T2 alone, 0.625 mm in the plane, cut or padded to 192 x 192. Deviations: N4 is off
-(-o n4=1, extra [n4]); the paper's validation patients are taken out of the pretraining pool, unlabelled volumes are in it.
+(-o n4=1, extra [n4]); the paper's validation patients are taken out of the pretraining pool.
 
 The folders say which volumes there are; what dataset.json lists must be among them. Without cases.json each volume is its
 own patient. Whether the files can be read is for `ingest` to find out.
