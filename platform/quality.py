@@ -40,12 +40,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.platform import geometry, ingest, scans, splits, words
-from medssl.platform.errors import RunError, UsageError
+from medssl.platform import formats, geometry, ingest, scans, splits, words
+from medssl.platform.errors import Problem, RunError, UsageError
 from medssl.platform.geometry import UNLABELLED, Preset
 from medssl.platform.ingest import MapUnordered, Progress
 from medssl.platform.records import Case, DataInfo
-from medssl.platform.scans import Problem
 from medssl.platform.store import Store
 
 JSON_SCHEMA = 1
@@ -126,6 +125,7 @@ class Task:
     case: Case
     info: DataInfo
     preset: Preset
+    limit: int  # bytes that it may take
 
 
 def check(
@@ -137,7 +137,7 @@ def check(
 ) -> Report:
     """Look at all of a data set, given by name or folder, or of a prepared store. Writes nothing.
 
-    Volumes are read in parallel, each worker holding one. Raises UsageError when there is no such data set.
+    Volumes are read in parallel, each worker holding one, as many as there is memory for. Raises UsageError when there is no such data set.
     """
     workers = workers or ingest.cores()
     work = map_unordered or ingest.default_map(workers)
@@ -146,7 +146,7 @@ def check(
     with tempfile.TemporaryDirectory() as scratch:
         try:
             found = scans.find_source(source, Path(scratch))
-            preset = geometry.resolve(found.info)
+            preset = dataclasses.replace(geometry.resolve(found.info), n4=0)  # it takes minutes, and finds nothing
             found = found.suiting(None).with_classes(preset.classes)
             missing = scans.listing_problems(found)
         except RunError as error:  # the listing itself: no volume can be looked at
@@ -156,7 +156,8 @@ def check(
             Finding("error", "missing" if "missing" in each.what else "listing", each.file, each.what) for each in missing
         ]
         there = [case for case in found.cases if all(file.exists() for file in case.images)]
-        tasks = [Task(case, found.info, preset) for case in there]
+        workers, limit = _within_memory(there, preset, workers)
+        tasks = [Task(case, found.info, preset, limit) for case in there]
         measured = list(_told(work(look, tasks, workers), len(tasks), progress))
     for each in measured:
         findings += [Finding("error", kind, p.file, p.what, each.volume, each.patient) for kind, p in each.problems]
@@ -164,6 +165,14 @@ def check(
     findings += leaks(found.cases) + twins(measured, parts) + labelling(measured, found.info.classes, found.root)
     findings += outliers(measured, found.info.channels)
     return _report(source, "scans", len(found.cases), len({case.patient for case in found.cases}), findings)
+
+
+def _within_memory(cases: Sequence[Case], preset: Preset, workers: int) -> tuple[int, int]:
+    """Workers, and bytes for each; one worker where a file claims more than there is, which `look` then reports."""
+    try:
+        return ingest.within_memory(cases, preset, workers)
+    except Problem:
+        return 1, int(ingest.MEMORY * ingest.free_bytes()) - ingest.WORKER_BYTES
 
 
 def _told(results: Iterator[Any], total: int, progress: Progress) -> Iterator[Any]:
@@ -187,6 +196,8 @@ def look(task: Task) -> Measured:
     case, info, problems = task.case, task.info, list[tuple[str, Problem]]()
     image = affine = spacing = None
     try:
+        if (needed := ingest.expected_bytes(case, task.preset)) > task.limit:
+            raise ingest.too_large(case, needed, task.limit)
         image, affine = scans.read_image(case, info)
     except Problem as problem:
         problems.append(("image", problem))
@@ -197,6 +208,8 @@ def look(task: Task) -> Measured:
                 image, affine, label if label is not None and label.shape == image.shape[1:] else None, task.preset
             )
             spacing, axes = geometry.spacing_and_axes(affine)
+        except Problem as problem:
+            problems.append(("preparation", problem))
         except ValueError as error:
             problems.append(("preparation", Problem(case.images[0], str(error))))
     counts, unannotated = None, (0, 0)
@@ -233,7 +246,9 @@ def _label(
     if not isinstance(case.label, Path):
         return None
     try:  # on its own grid: whether its values mean something
-        return scans.class_ids(scans.read_volume(case.label, case.frame)[0], case.label, info)
+        values, _ = formats.read(case.label, ids=True)
+        values = values if case.frame is None else scans.of_frame(values, case.frame, case.label)
+        return scans.class_ids(values, case.label, info)
     except Problem as problem:
         if problem.what not in [known.what for _, known in problems]:
             problems.append(("label", problem))
