@@ -54,6 +54,8 @@ class Source:
             stamp.append({"frame": case.frame})
         if isinstance(case.label, tuple):
             stamp.append({"masks": [mask.class_name for mask in case.label]})
+        if case.site or case.group:
+            stamp.append({"site": case.site, "group": case.group})
         return stamp
 
     @property
@@ -352,15 +354,20 @@ def joined(masks: tuple[Mask, ...], read: Callable[[Path], NDArray[Any]], info: 
     return ids
 
 
+def read_label(case: Case, info: DataInfo, shape: tuple[int, ...], affine: NDArray[np.float64]) -> NDArray[np.uint8] | None:
+    """Class ids (x, y, z) on the image's grid, UNLABELLED where nobody annotated; None without a label. Raises Problem."""
+
+    def read(path: Path) -> NDArray[Any]:
+        return read_on_grid(path, case, shape, affine)
+
+    if not case.label:
+        return None
+    if isinstance(case.label, Path):
+        return class_ids(read(case.label), case.label, info)
+    return joined(case.label, read, info)
+
+
 def read_case(case: Case, info: DataInfo) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.uint8] | None]:
     """Image (c, x, y, z), affine, label (x, y, z) or None. Raises Problem with the first thing that is wrong."""
     image, affine = read_image(case, info)
-
-    def read(path: Path) -> NDArray[Any]:
-        return read_on_grid(path, case, image.shape[1:], affine)
-
-    if not case.label:
-        return image, affine, None
-    if isinstance(case.label, Path):
-        return image, affine, class_ids(read(case.label), case.label, info)
-    return image, affine, joined(case.label, read, info)
+    return image, affine, read_label(case, info, image.shape[1:], affine)

@@ -53,6 +53,9 @@ class VolumeRecord:
     lost: Mapping[str, float] = dataclasses.field(
         default_factory=dict
     )  # by rounding and cropping, as `geometry.Prepared` has it
+    site: str | None = None
+    group: str | None = None
+    content: str = ""  # of its pixels alone, whoever they are said to belong to; equal for a scan that is there twice
 
 
 @dataclass(frozen=True)
