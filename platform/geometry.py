@@ -70,7 +70,7 @@ class Preset:
     size: tuple[Side, Side, Side] | None = (
         None  # rows, columns, slices, reached by centred crops and zero padding; null: as it is
     )
-    neighbours: int = 0  # slices below and above that are channels beside a slice's own (2.5D); the last one is repeated
+    neighbours: int = 0  # slices below and as many above as channels after a slice's own (2.5D); the end ones are repeated
     slice_content: float = 0.0  # leave out slices of which less than this fraction is above 0 …
     slice_foreground: float = 0.0  # … or less than this fraction is labelled foreground; `may_filter` says of which volumes
 
@@ -475,7 +475,7 @@ def prepare(
         lost |= labels_left_out(scan_label, geometry)
     kept = filter_slices(stored, label, preset) if filtered else None
     if preset.neighbours:
-        reach = np.arange(-preset.neighbours, preset.neighbours + 1)
+        reach = sorted(range(-preset.neighbours, preset.neighbours + 1), key=lambda by: (by != 0, by))
         stored = np.concatenate([stored[np.clip(np.arange(len(stored)) + by, 0, len(stored) - 1)] for by in reach], axis=1)
     if kept is not None:
         geometry |= {"kept": kept.tolist(), "slices": len(stored)}
