@@ -456,7 +456,7 @@ def prepare(
         scale = Scale.of(image, preset, inside)
 
     first, size, wanted = place(image, scale, preset, inside)
-    cut = (..., *(slice(at, at + n) for at, n in zip(first, size, strict=True)))
+    cut: tuple[Any, ...] = (..., *(slice(at, at + n) for at, n in zip(first, size, strict=True)))
     image, label = image[cut], None if label is None else label[cut]
     stored, lost = quantise(scale.apply(image, preset, None if inside is None else inside[cut]), preset.dtype)
     pad = [((n := side - have) // 2, n - n // 2) for side, have in zip(wanted, size, strict=True)]

@@ -25,7 +25,6 @@ import shutil
 import sys
 import tempfile
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -427,7 +426,7 @@ def expected_bytes(case: Case, preset: Preset) -> int:
     import nibabel
 
     first = case.images[0]
-    with contextlib.suppress(OSError, EOFError, zlib.error, ValueError, nibabel.filebasedimages.ImageFileError):
+    with contextlib.suppress(Exception):  # whatever is wrong with a header, reading the file says it better
         with gzip.open(first) if first.name.endswith(".gz") else open(first, "rb") as file:
             begin = file.read(540)
         kinds = (nibabel.Nifti1Header, nibabel.Nifti2Header)
