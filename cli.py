@@ -109,13 +109,14 @@ def data_prepare(
     seed: Annotated[int, typer.Option(help="Seed of the split by patients.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare anew where another preparation lies.")] = False,
     workers: Workers = None,
+    name: Annotated[str | None, typer.Option(help="What the prepared set is called; default: the folder's name.")] = None,
 ) -> None:
     """Read volumes, resample, normalise, and store their slices with a split by patients."""
     from medssl.platform import catalogue
 
     changes = dict(map(catalogue.preset_change, override or []))
     store = catalogue.prepare(
-        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, say=_aside
+        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, name=name, say=_aside
     )
     typer.echo(catalogue.summary(store))
 

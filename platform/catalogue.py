@@ -39,14 +39,15 @@ def prepare(
     seed: int = 0,
     overwrite: bool = False,
     workers: int | None = None,
+    name: str | None = None,
     say: Say,
 ) -> Store:
-    """Prepare a source and draw its split by patients."""
-    from medssl.platform import ingest
+    """Prepare a source under its own or the given name, write down the splits that papers publish of it, and draw one."""
+    from medssl.platform import ingest, scans
 
     store = ingest.prepare(
         _known(source),
-        folder(source),
+        folder(name or source),
         preset=preset,
         changes=changes,
         workers=workers,
@@ -54,6 +55,14 @@ def prepare(
         progress=_telling(f"preparing {Path(source).name}", say),
         map_unordered=ingest.in_processes,
     )
+    missing = []
+    for each in scans.published(Path(source)) if Path(source).is_dir() else []:
+        try:
+            splits.save(each, store)
+        except UsageError as error:  # not all of the published patients are in this folder
+            missing.append(str(error))
+    if missing:
+        say(f"{len(missing)} published splits left out: {missing[0]}")
     try:
         split(store, f"seed-{seed}")
     except UsageError as error:  # too few labelled patients to train on, but enough to be looked at
@@ -122,13 +131,23 @@ def entries() -> dict[str, Any]:
             "quantisation": store.quantisation | {"dtype": store.preset.dtype},
             "content": store.content_hash,
         }
-    known = {name: find.summary("dataset", name) for name in find.names("dataset")}
+    known = {
+        name: {
+            "what": find.summary("dataset", name),
+            "licence": find.constant("dataset", name, "LICENCE", ""),
+            "obtain": find.constant("dataset", name, "OBTAIN", ""),
+        }
+        for name in find.names("dataset")
+    }
     return {"known": known, "presets": {name: asdict(preset) for name, preset in PRESETS.items()}, "prepared": prepared}
 
 
 def describe(found: dict[str, Any]) -> str:
     """The same for people."""
-    lines = ["known by name"] + [f"  {name:<20} {text}" for name, text in found["known"].items()]
+    lines = ["known by name: `medssl data prepare NAME` shows the form of the folder to give"]
+    for name, about in found["known"].items():
+        lines.append(f"  {name:<20} {about['what']}")
+        lines += [f"  {'':<20} {about['licence']}; {about['obtain']}"] if about["obtain"] else []
     lines += [f"presets, for data prepare --preset: {', '.join(found['presets'])} (platform/geometry.py)"]
     lines += [f"prepared in {Site.here().data}"]
     for name, about in found["prepared"].items():

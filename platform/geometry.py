@@ -34,9 +34,9 @@ from numpy.typing import NDArray
 from medssl.platform import bias, body
 from medssl.platform.errors import UsageError
 from medssl.platform.find import nearest
+from medssl.platform.records import UNLABELLED as UNLABELLED
 from medssl.platform.records import DataInfo, Part
 
-UNLABELLED = 255  # as in methods/protocol.py, which imports torch: tests/test_geometry.py keeps them equal
 SAME_SPACING_MM = 1e-3  # spacings nearer than this are not resampled; MONAI's AFFINE_TOL
 
 Image = NDArray[Any]
@@ -67,10 +67,10 @@ class Preset:
     body_mask: bool = False  # 0 outside the patient; percentiles and z-scores are then of the patient alone
     margin: int = 0  # voxels around the foreground box
     resize: tuple[int, int] | None = None  # rows and columns that every slice is resampled to, whatever its spacing
-    size: tuple[Side, Side, Side] | None = (
-        None  # rows, columns, slices, reached by centred crops and zero padding; null: as it is
-    )
+    size: tuple[Side, Side, Side] | None = None  # rows, columns, slices, by centred crops and zero padding; null: as it is
     neighbours: int = 0  # slices below and as many above as channels after a slice's own (2.5D); the end ones are repeated
+    channels: tuple[int, ...] | None = None  # which of the scan's channels, counted from 0; null: all
+    classes: tuple[str, ...] | None = None  # which classes, by name, in this order; the others are background; null: all
     slice_content: float = 0.0  # leave out slices of which less than this fraction is above 0 …
     slice_foreground: float = 0.0  # … or less than this fraction is labelled foreground; `may_filter` says of which volumes
 
@@ -123,6 +123,8 @@ class Preset:
             raise UsageError(f"preset: resize {self.resize} is rows and columns, and takes the place of their spacing_mm")
         if min(self.n4, self.margin, self.neighbours) < 0 or not 0 <= max(self.slice_content, self.slice_foreground) <= 1:
             raise UsageError("preset: n4, margin and neighbours are 0 or more, slice_content and slice_foreground in 0 to 1")
+        if self.channels == () or self.classes == ():
+            raise UsageError("preset: channels and classes name at least one each, or are null for all")
         if self.margin and not self.foreground_box:
             raise UsageError(
                 f"preset: a margin of {self.margin} voxels is around the foreground box; set foreground_box to true"
@@ -184,6 +186,11 @@ def resolve(info: DataInfo, name: str | None = None, changes: Mapping[str, Any] 
             wanted = str(known[key] if not isinstance(wanted, type) else wanted.__name__).replace("typing.", "")
             raise UsageError(f"preset: {key} is {value!r}, expected {wanted}") from None
     return dataclasses.replace(PRESETS[name or info.preset], **values)
+
+
+def modality(info: DataInfo, name: str | None = None) -> Literal["ct", "mr"]:
+    """What the preset of that name (None: the data set's own) is made for: a window in HU suits CT alone."""
+    return "ct" if PRESETS[name or info.preset].window else "mr"
 
 
 def may_filter(labelled: bool, part: Part | None) -> bool:
@@ -438,6 +445,10 @@ def prepare(
     cache    a file that keeps the bias-corrected scan
     Raises ValueError with the reason when the affine is singular, nothing is foreground, or the intensities are all one.
     """
+    if preset.channels is not None:
+        if not 0 <= min(preset.channels) <= max(preset.channels) < len(image):
+            raise ValueError(f"has {len(image)} channels, numbered from 0; preset.channels asks for {preset.channels}")
+        image = image[list(preset.channels)]
     if preset.n4:
         image = bias.cached(image, tuple(np.linalg.norm(affine[:3, :3], axis=0)), preset.n4, cache)
     from_mm, axes = spacing_and_axes(affine, preset.orientation)

@@ -338,9 +338,10 @@ def prepare(
         if not mine:
             raise RunError(f"{out}: another process is preparing it; wait until it is done")
         found = find_source(source, out)
+        wanted = geometry.resolve(found.info, preset, changes)
+        found = found.suiting(preset).with_classes(wanted.classes)
         for problem in listing_problems(found):
             raise problem
-        wanted = geometry.resolve(found.info, preset, changes)
         for half in out.glob(".manifest.json.*"):  # of a process that was killed while it wrote
             half.unlink()
         if (out / "manifest.json").exists():
@@ -480,7 +481,7 @@ def check(source: str | Path, *, workers: int | None = None, map_unordered: MapU
         return check_store(Store.open(Path(source)), workers, work)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            found = find_source(source, Path(scratch))
+            found = find_source(source, Path(scratch)).suiting(None)
             problems = listing_problems(found)
             preset = dataclasses.replace(geometry.resolve(found.info), n4=0)  # it takes minutes, and finds nothing
         except RunError as error:  # the listing itself: no volume can be looked at

@@ -132,3 +132,26 @@ def load(store: Store, name: str) -> Split:
         ) from error
     verify(split, store)
     return split
+
+
+def numbers(listed: str) -> list[int]:
+    """The numbers of "1-3,7": [1, 2, 3, 7]."""
+    ends = [(each.partition("-")[0], each.rpartition("-")[2]) for each in listed.split(",")]
+    return [number for first, last in ends for number in range(int(first), int(last) + 1)]
+
+
+def published(name: str, patient: str, train: str, val: str, test: str, labelled: str) -> Split:
+    """A paper's split, from its lists of numbers ("1-3,7") and how its patients are called ("patient{:03d}").
+
+    Who selects or is tested does not train, in whatever lists of the paper they are; who is labelled trains.
+    """
+    lists = [[patient.format(number) for number in numbers(listed)] for listed in (f"{train},{labelled}", val, test, labelled)]
+    trains, selects, tests, shows = map(list, map(dict.fromkeys, lists))
+    held_out = {*selects, *tests}
+    return Split(
+        name,
+        tuple(sorted(set(trains) - held_out)),
+        tuple(sorted(selects)),
+        tuple(sorted(tests)),
+        tuple(each for each in shows if each not in held_out),
+    )

@@ -366,7 +366,7 @@ BAD = {
     spoil_label_shape: r"labelsTr/v0\.nii\.gz: its shape \(20, 18, 7\) is not \(20, 18, 6\), that of v0\.nii\.gz; use",
     spoil_label_affine: r"labelsTr/v0\.nii\.gz: its affine is not that of v0\.nii\.gz: they lie apart in space; resample",
     spoil_class_id: r"labelsTr/v0\.nii\.gz: unknown class id 7; expected 0 background, 1 left, 2 right; mend the label",
-    spoil_negative_class_id: r"labelsTr/v0\.nii\.gz: unknown class id -1 to -1; expected 0 background",
+    spoil_negative_class_id: r"labelsTr/v0\.nii\.gz: unknown class id -1; expected 0 background",
     spoil_fractional_class_id: r"labelsTr/v0\.nii\.gz: unknown class id 0\.5 to 0\.5; expected 0 background",
     spoil_mask_of_255: r"labelsTr/v0\.nii\.gz: its only id but 0 is 255, which means not annotated; store the class id",
     spoil_nan: r"imagesTr/v0\.nii\.gz: 1 voxels are NaN or infinite; replace them, or leave",
