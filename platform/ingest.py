@@ -412,7 +412,8 @@ def corrected_scans(source: Source, cases: Sequence[Case], folder: Path, preset:
     """Where the bias-corrected form of each scan is kept, which depends on its files alone; others are removed."""
     if not preset.n4:
         return [None] * len(cases)
-    named = [folder / f"{digest([preset.n4, source.info.channels, source.stamp(case)])}.npy" for case in cases]
+    settings = [preset.n4, preset.channels, source.info.channels]
+    named = [folder / f"{digest([*settings, source.stamp(case)])}.npy" for case in cases]
     for file in set(folder.glob("*")) | set(folder.glob(".*")):
         if file not in named:
             file.unlink()
