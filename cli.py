@@ -139,14 +139,37 @@ def data_prepare(
 
 @data_app.command("check")
 def data_check(source: str, as_json: Json = False, workers: Workers = None) -> None:
-    """Look at every scan and report all that is wrong. Exit code 1 when something is."""
+    """Look at every scan and list all that is wrong, then all that is strange. Exit code 1 when something is wrong."""
     from medssl.platform import catalogue
 
-    problems = catalogue.check(source, workers=workers)
-    text = "\n".join(f"{problem.file}: {problem.what}" for problem in problems) or "no problem found"
-    _print([{"file": str(problem.file), "what": problem.what} for problem in problems], as_json, text)
-    if problems:
+    report = catalogue.check(source, workers=workers, say=_aside)
+    _print(report.as_json(), as_json, report.describe())
+    if report.errors:
         raise typer.Exit(1)
+
+
+@data_app.command("split")
+def data_split(
+    source: str,
+    name: Annotated[str, typer.Argument(help="A rule, or a file; see above.")] = "seed-0",
+    as_json: Json = False,
+) -> None:
+    """Draw a split of a prepared set by its name, keep it, and show its patients. Trainings take it as -o data.split=NAME.
+
+    \b
+    seed-N               0.7, 0.1 and 0.2 of the labelled patients train, select and test
+    fold-I-of-K-seed-N   tests on the I-th (from 0) of K folds, which together are all labelled patients
+    …-by-site            the same, every site shared out in proportion; also -by-group, -by-phase
+    official             the parts that the data set publishes
+    FILE.json            {"train": [...], "val": [...], "test": [...]}: names of patients or volumes
+    FILE.csv             the same as columns patient (or volume) and part
+    """
+    from medssl.platform import catalogue
+
+    split = catalogue.split(catalogue.open_store(source, say=_aside), name)
+    parts = {part: list(getattr(split, part)) for part in ("train", "val", "test", "labelled")}
+    lines = [f"{part} ({len(patients)}): {', '.join(patients)}" for part, patients in parts.items()]
+    _print({"name": split.name, **parts}, as_json, "\n".join([f"split {split.name}", *lines]))
 
 
 @data_app.command("show")
@@ -373,12 +396,14 @@ def report(
 @app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Files of platform/benches/; default: all.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("-o", help="One setting of the bench named: volumes=500.")] = None,
     as_json: Json = False,
 ) -> None:
     """Speed as ratios: ours and a named rival in one run."""
     from medssl.platform import bench as benches
+    from medssl.platform.config import override
 
-    rows = benches.run(names or [], say=_aside)
+    rows = benches.run(names or [], say=_aside, changes=dict(map(override, overrides or [])))
     _print([row.as_dict() for row in rows], as_json, benches.describe(rows))
 
 

@@ -1,10 +1,10 @@
 """Data by name: a data set of platform/datasets/, a prepared set in the data folder, or a folder of scans."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medssl.platform import find, splits
 from medssl.platform.config import override
@@ -13,6 +13,9 @@ from medssl.platform.geometry import PRESETS, may_filter
 from medssl.platform.site import Site
 from medssl.platform.splits import Split
 from medssl.platform.store import Store
+
+if TYPE_CHECKING:
+    from medssl.platform import quality
 
 Say = Callable[[str], None]
 
@@ -89,11 +92,15 @@ def _telling(what: str, say: Say) -> Callable[[int, int, str], None]:
     return tell
 
 
-def check(source: str, workers: int | None) -> Sequence[Any]:
-    """Everything that is wrong with the scans of a source, or with a prepared set."""
-    from medssl.platform import ingest
+def check(source: str, workers: int | None, say: Say) -> "quality.Report":
+    """Everything that is wrong with or strange about the scans of a source, or a prepared set."""
+    from medssl.platform import ingest, quality
 
-    return ingest.check(_known(source), workers=workers)
+    known = _known(source)
+    if known not in find.names("dataset") and not Path(known).is_dir():
+        known = str(folder(source))
+    told = _telling(f"checking {Path(source).name}", say)
+    return quality.check(known, workers=workers, progress=told, map_unordered=ingest.in_processes)
 
 
 def remember(name: str, overwrite: bool, **said: Any) -> None:
@@ -120,11 +127,8 @@ def _known(source: str) -> str:
 
 
 def split(store: Store, name: str) -> Split:
-    """A split of a prepared set by its name; `seed-N` is drawn on first use."""
-    kind, _, number = name.partition("-")
-    if kind == "seed" and number.isdecimal() and not (store.root / "splits" / f"{name}.json").exists():
-        splits.save(splits.make(store, int(number)), store)
-    return splits.load(store, name)
+    """A split of a prepared set by its name, drawn or read on first use; splits.py says which names there are."""
+    return splits.named(store, name)
 
 
 def preset_change(text: str) -> tuple[str, Any]:
@@ -179,14 +183,7 @@ def _within(quantisation: Mapping[str, Any]) -> str:
 
 def losses(store: Store) -> list[str]:
     """A line for each thing that the prepared form no longer says of the scans: rounding, labels cut off, slices left out."""
-    lines, said = [], store.quantisation
-    if said:
-        unit = "of a standard deviation" if store.preset.zscore else "of the range 0 to 1"
-        hu = ""
-        if store.preset.window and not store.preset.zscore:
-            width = store.preset.window[1] - store.preset.window[0]
-            hu = f": {width * said['max']:.2g} HU (rms {width * said['rms']:.2g})"
-        lines.append(f"stored as {store.preset.dtype}{_within(said)} {unit} from float32{hu}")
+    lines = []
     cut = [volume for volume in store.volumes if volume.lost.get("label_voxels")]
     if cut:
         part = {volume.volume: volume.lost["label_voxels"] / volume.lost["label_voxels_of"] for volume in cut}
@@ -198,6 +195,14 @@ def losses(store: Store) -> list[str]:
         left = sum(volume.geometry["slices"] - volume.slices for volume in store.volumes if "kept" in volume.geometry)
         whole = sum(not may_filter(volume.labelled, volume.part) for volume in store.volumes)
         lines.append(f"{left} slices left out; {whole} volumes that a split may put into its test part keep all of theirs")
+    said = store.quantisation
+    if said:
+        unit = "of a standard deviation" if store.preset.zscore else "of the range 0 to 1"
+        hu = ""
+        if store.preset.window and not store.preset.zscore:
+            width = store.preset.window[1] - store.preset.window[0]
+            hu = f": {width * said['max']:.2g} HU (rms {width * said['rms']:.2g})"
+        lines.append(f"stored as {store.preset.dtype}{_within(said)} {unit} from float32{hu}")
     return lines
 
 

@@ -35,7 +35,7 @@ class Data:
     name: str = "phantom"  # a data set of platform/datasets/, a prepared set, or a folder of scans
     labelled: int | None = None  # labelled training patients that fine-tuning may use; None: all
     labelled_slices: int | None = None  # of their slices; None: all
-    split: str = "seed-0"  # a file of the prepared set's splits/; seed-N is drawn by patients on first use
+    split: str = "seed-0"  # a rule (fold-0-of-5-seed-0, `medssl data split --help`), or a file
     stream: Literal["auto", "node", "ray"] = "auto"  # one copy in memory per node, or streamed from disk by Ray Data
 
     def __post_init__(self) -> None:

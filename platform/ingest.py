@@ -23,9 +23,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-import tempfile
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -67,7 +65,7 @@ class VolumeTask:
     case: Case
     info: DataInfo
     preset: Preset
-    path: Path | None  # where its slices go; None: only look whether it can be prepared
+    path: Path  # where its slices go
     cache: Path | None = None  # where its bias-corrected form is kept
     limit: int | None = None  # bytes that preparing it may take
 
@@ -83,9 +81,7 @@ def ingest_volume(task: VolumeTask) -> None:
         prepared = geometry.prepare(image, affine, label, task.preset, filtered=filtered, cache=task.cache)
     except ValueError as error:
         raise Problem(task.case.images[0], str(error)) from error
-    if task.path is not None:
-        table = slice_table(task.case, prepared)
-        write_table(task.path, table, final=False)
+    write_table(task.path, slice_table(task.case, prepared), final=False)
 
 
 def too_large(case: Case, needed: int, limit: int) -> Problem:
@@ -93,14 +89,6 @@ def too_large(case: Case, needed: int, limit: int) -> Problem:
     return Problem(
         case.images[0], f"{what}; is its spacing right? else free memory, use fewer --workers, or a coarser spacing_mm"
     )
-
-
-def find_problem(task: VolumeTask) -> Problem | None:
-    try:
-        ingest_volume(task)
-    except Problem as problem:
-        return problem
-    return None
 
 
 def schema() -> "pa.Schema":
@@ -126,6 +114,7 @@ def slice_table(case: Case, prepared: geometry.Prepared) -> "pa.Table":
     images = [prepared.image[..., k].tobytes() for k in range(slices)]
     labels = None if prepared.label is None else np.ascontiguousarray(prepared.label.transpose(2, 0, 1))
     masks = [None] * slices if labels is None else [plane.tobytes() for plane in labels]
+    pixels = [hashlib.sha256(image).digest() for image in images]
     record = VolumeRecord(
         volume=case.volume,
         patient=case.patient,
@@ -139,10 +128,13 @@ def slice_table(case: Case, prepared: geometry.Prepared) -> "pa.Table":
         phase=case.phase,
         geometry=prepared.geometry,
         digest="",
+        site=case.site,
+        group=case.group,
+        content=digest([height, width, channels, [each.hex() for each in pixels]]),
         lost=prepared.lost,
     )
     at = np.asarray(prepared.geometry.get("kept", range(slices)), np.float32)
-    record = dataclasses.replace(record, digest=volume_digest(record, map(slice_digest, images, masks)))
+    record = dataclasses.replace(record, digest=volume_digest(record, map(slice_digest, pixels, masks)))
     columns = {
         "patient": [case.patient] * slices,
         "volume": [case.volume] * slices,
@@ -165,15 +157,15 @@ def foreground(label: NDArray[np.uint8]) -> float | None:
     return None if not annotated else (int((label != 0).sum()) - label.size + annotated) / annotated
 
 
-def slice_digest(image: bytes, label: bytes | None) -> str:
-    return hashlib.sha256(
-        hashlib.sha256(image).digest() + (b"" if label is None else hashlib.sha256(label).digest())
-    ).hexdigest()
+def slice_digest(pixels: bytes, label: bytes | None) -> str:
+    """pixels    the SHA-256 of the image"""
+    return hashlib.sha256(pixels + (b"" if label is None else hashlib.sha256(label).digest())).hexdigest()
 
 
 def volume_digest(record: VolumeRecord, slices: Iterable[str]) -> str:
     """Hash of what a volume holds and whose it is; its slices in order."""
-    fields = {key: value for key, value in dataclasses.asdict(record).items() if key not in ("geometry", "digest", "lost")}
+    apart = ("geometry", "digest", "site", "group", "content", "lost")
+    fields = {key: value for key, value in dataclasses.asdict(record).items() if key not in apart}
     return digest([fields, list(slices)])
 
 
@@ -413,7 +405,8 @@ def corrected_scans(source: Source, cases: Sequence[Case], folder: Path, preset:
     """Where the bias-corrected form of each scan is kept, which depends on its files alone; others are removed."""
     if not preset.n4:
         return [None] * len(cases)
-    named = [folder / f"{digest([preset.n4, source.info.channels, source.stamp(case)])}.npy" for case in cases]
+    settings = [preset.n4, preset.channels, source.info.channels]
+    named = [folder / f"{digest([*settings, source.stamp(case)])}.npy" for case in cases]
     for file in set(folder.glob("*")) | set(folder.glob(".*")):
         if file not in named:
             file.unlink()
@@ -428,7 +421,7 @@ def expected_bytes(case: Case, preset: Preset) -> int:
     import nibabel
 
     first = case.images[0]
-    with contextlib.suppress(OSError, EOFError, zlib.error, ValueError, nibabel.filebasedimages.ImageFileError):
+    with contextlib.suppress(Exception):  # whatever is wrong with a header, reading the file says it better
         with gzip.open(first) if first.name.endswith(".gz") else open(first, "rb") as file:
             begin = file.read(540)
         kinds = (nibabel.Nifti1Header, nibabel.Nifti2Header)
@@ -469,65 +462,3 @@ def within_memory(cases: Sequence[Case], preset: Preset, workers: int) -> tuple[
         raise too_large(largest, needed, max(room - WORKER_BYTES, 0))
     workers = max(1, min(workers, room // (needed + WORKER_BYTES)))
     return workers, room // workers - WORKER_BYTES
-
-
-# -------------------------------------------------------------------------------------------------------------- looking at all
-
-
-def check(source: str | Path, *, workers: int | None = None, map_unordered: MapUnordered | None = None) -> list[Problem]:
-    """Everything that is wrong with a data set, or with a prepared store, sorted by file; reads all of it, writes nothing."""
-    workers = workers or cores()
-    work = map_unordered or default_map(workers)
-    if (Path(source) / "manifest.json").is_file():
-        return check_store(Store.open(Path(source)), workers, work)
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            found = find_source(source, Path(scratch)).suiting(None)
-            problems = listing_problems(found)
-            preset = dataclasses.replace(geometry.resolve(found.info), n4=0)  # it takes minutes, and finds nothing
-        except RunError as error:  # the listing itself: no volume can be looked at
-            file, _, what = str(error).partition(": ")
-            return [Problem(Path(file), what)]
-        missing = {problem.file for problem in problems}
-        whole = [case for case in found.cases if not missing & set(case.images)]
-        tasks = [VolumeTask(case, found.info, preset, None) for case in whole]
-        problems += [problem for problem in work(find_problem, tasks, workers) if problem]
-    return sorted(problems, key=lambda problem: (str(problem.file), problem.what))
-
-
-def digests(file: Path) -> list[tuple[str, int, str]] | Problem:
-    """Volume, number and digest of every slice in a file."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file, columns=["volume", "slice_index", "image", "label"])
-    except (OSError, pa.ArrowException) as error:
-        return Problem(file, f"cannot be read ({str(error).splitlines()[0]}); prepare the data set anew with --overwrite")
-    volume, number, image, label = (column.to_pylist() for column in table.columns)
-    return list(zip(volume, number, map(slice_digest, image, label), strict=True))
-
-
-def check_store(store: Store, workers: int, work: MapUnordered) -> list[Problem]:
-    """Whether every volume of the manifest is in the slice files once, with the content it was written with."""
-    problems, slices = [], dict[str, dict[int, str]]()
-    total = 0
-    for found in work(digests, store.files, workers):
-        if isinstance(found, Problem):
-            problems.append(found)
-            continue
-        total += len(found)
-        for volume, number, content in found:
-            slices.setdefault(volume, {})[number] = content
-    for record in store.volumes:
-        mine = slices.get(record.volume, {})
-        if sorted(mine) != list(range(record.slices)):
-            what = f"volume {record.volume} has {len(mine)} of its {record.slices} slices"
-        elif volume_digest(record, [mine[k] for k in range(record.slices)]) != record.digest:
-            what = f"volume {record.volume} is not what was written"
-        else:
-            continue
-        problems.append(Problem(store.root, f"{what}; prepare the data set anew with --overwrite"))
-    if total > sum(len(mine) for mine in slices.values()):
-        problems.append(Problem(store.root, "holds a slice twice; prepare the data set anew with --overwrite"))
-    return problems

@@ -1,11 +1,13 @@
 """Where scans come from, and how one is read and checked: a data set by name or folder, its cases, and the voxels of a case.
 
-A module of datasets/ says which cases a folder holds (`matches`, `info`, `cases`) or writes them itself (`generate`).
+A module of datasets/ says which cases a folder holds (`matches`, `info`, `cases`), or puts together what lies in pieces
+(`unpack`), or writes scans itself (`generate`); its `splits` are those that papers publish.
 `read_case` gives a case as arrays on one grid, its label as class ids; `ingest` prepares what is read here.
 """
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -14,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,8 @@ class Source:
             stamp.append({"frame": case.frame})
         if isinstance(case.label, tuple):
             stamp.append({"masks": [mask.class_name for mask in case.label]})
+        if case.site or case.group:
+            stamp.append({"site": case.site, "group": case.group})
         return stamp
 
     @property
@@ -141,19 +144,26 @@ def published(root: Path) -> list[Split]:
 def find_source(source: str | Path, out: Path) -> Source:
     """A data set by the name of its file, which then writes its scans into `out`/source, or by its folder.
 
+    Of a folder whose scans lie in pieces, `unpack` of its file puts them together in `out`/source.
+
     Raises UsageError when there is no such thing, RunError when its files contradict each other.
     """
-    generator = None
     if isinstance(source, str) and source in find.names("dataset"):
         module = find.load("dataset", source)
         if not hasattr(module, "generate"):
             raise UsageError(f'data set "{source}" is read from a folder; give a folder of this form:\n\n{form(source)}')
         root, generator = out / "source", program(source)
-        generate(module, root, generator)
-    else:
-        root = Path(source)
-        module = find.load("dataset", recognise(root))
-    return Source(root, module.info(root), tuple(module.cases(root)), generator)
+        write_once(module.generate, root, generator)
+        return Source(root, module.info(root), tuple(module.cases(root)), generator)
+    root = Path(source)
+    name = recognise(root)
+    module = find.load("dataset", name)
+    if not hasattr(module, "unpack"):
+        return Source(root, module.info(root), tuple(module.cases(root)))
+    files = [(str(file.relative_to(root)), file.stat()) for file in sorted(root.rglob("*")) if file.is_file()]
+    generator = digest([program(name), [(file, stat.st_size, stat.st_mtime_ns) for file, stat in files]])
+    write_once(functools.partial(module.unpack, root), out / "source", generator)
+    return Source(root, module.info(root), tuple(module.cases(out / "source")), generator)
 
 
 def program(name: str) -> str:
@@ -162,12 +172,12 @@ def program(name: str) -> str:
     return digest([file.read_text() for file in (path, *sorted(path.parent.glob(f"_{path.stem}*.py")))])
 
 
-def generate(module: ModuleType, root: Path, generator: str) -> None:
+def write_once(write: Callable[[Path], None], root: Path, generator: str) -> None:
     """Let a data set write its scans, unless they are there whole; the marker is written last."""
     marker = root / ".complete"
     if not marker.is_file() or marker.read_text() != generator:
         shutil.rmtree(root, ignore_errors=True)
-        module.generate(root)
+        write(root)
         atomic.write_text(marker, generator)
 
 
@@ -344,15 +354,20 @@ def joined(masks: tuple[Mask, ...], read: Callable[[Path], NDArray[Any]], info: 
     return ids
 
 
+def read_label(case: Case, info: DataInfo, shape: tuple[int, ...], affine: NDArray[np.float64]) -> NDArray[np.uint8] | None:
+    """Class ids (x, y, z) on the image's grid, UNLABELLED where nobody annotated; None without a label. Raises Problem."""
+
+    def read(path: Path) -> NDArray[Any]:
+        return read_on_grid(path, case, shape, affine)
+
+    if not case.label:
+        return None
+    if isinstance(case.label, Path):
+        return class_ids(read(case.label), case.label, info)
+    return joined(case.label, read, info)
+
+
 def read_case(case: Case, info: DataInfo) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.uint8] | None]:
     """Image (c, x, y, z), affine, label (x, y, z) or None. Raises Problem with the first thing that is wrong."""
     image, affine = read_image(case, info)
-
-    def read(path: Path) -> NDArray[Any]:
-        return read_on_grid(path, case, image.shape[1:], affine)
-
-    if not case.label:
-        return image, affine, None
-    if isinstance(case.label, Path):
-        return image, affine, class_ids(read(case.label), case.label, info)
-    return image, affine, joined(case.label, read, info)
+    return image, affine, read_label(case, info, image.shape[1:], affine)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medssl.platform import catalogue, find, geometry, ingest, scans
+from medssl.platform import catalogue, find, geometry, ingest, scans, splits
 from medssl.platform.datasets import decathlon
 from medssl.platform.errors import UsageError
-from medssl.platform.scans import Source
+from medssl.platform.records import UNLABELLED
 from medssl.platform.store import Store
 from medssl.tests.layouts._scan import Drawn
 
@@ -40,28 +40,29 @@ def test_a_folder_is_recognised_by_its_own_reader_alone(miniatures, name):
 
 
 @pytest.mark.parametrize("name", READ)
-def test_cases_are_those_that_were_drawn(miniatures, name):
+def test_cases_are_those_that_were_drawn(miniatures, name, tmp_path):
     root, drawn = miniatures[name]
-    cases = list(MODULES[name].cases(root))
+    found = scans.find_source(root, tmp_path)
+    cases = found.cases
     assert sorted(case.volume for case in cases) == sorted(drawn)
     for case in cases:
         one = drawn[case.volume]
         assert (case.patient, case.part, case.phase, case.group) == (one.patient, one.part, one.phase, one.group)
         assert case.modality == one.modality
         assert bool(case.label) == (one.label is not None)
-    assert scans.listing_problems(Source(root, MODULES[name].info(root), tuple(cases))) == []
+    assert scans.listing_problems(found) == []
 
 
 @pytest.mark.parametrize("name", READ)
-def test_labels_are_read_as_class_ids_voxel_by_voxel(miniatures, name):
+def test_labels_are_read_as_class_ids_voxel_by_voxel(miniatures, name, tmp_path):
     root, drawn = miniatures[name]
-    info, seen = MODULES[name].info(root), set()
-    for case in MODULES[name].cases(root):
+    found, seen = scans.find_source(root, tmp_path), set()
+    for case in found.cases:
         if case.label:
-            _, _, label = scans.read_case(case, info)
+            _, _, label = scans.read_case(case, found.info)
             np.testing.assert_array_equal(label, drawn[case.volume].label, err_msg=case.volume)
-            seen |= set(np.unique(label))
-    assert seen == (set(range(len(info.classes))) if seen else set())  # every class occurs, or nothing is labelled
+            seen |= set(np.unique(label)) - {UNLABELLED}
+    assert seen == (set(range(len(found.info.classes))) if seen else set())  # every class occurs, or nothing is labelled
 
 
 @pytest.mark.parametrize("name", READ)
@@ -135,7 +136,8 @@ def test_each_task_of_the_decathlon_is_known(tmp_path, task):
     drawn = writer("decathlon")(root, task)
     channels, organs = decathlon.TASKS[task]
     info = decathlon.info(root)
-    assert (info.channels, info.classes[1:], info.licence) == (channels, organs, decathlon.LICENCE)
+    assert (info.channels, info.classes[1:]) == (channels, organs)
+    assert (info.citation, info.obtain) == (decathlon.CITATION, decathlon.OBTAIN)
     assert geometry.modality(info) == ("ct" if channels == ("CT",) else "mr")
     store = ingest.prepare(root, tmp_path / "store", workers=1)
     assert store.channels == (1 if task == "Task05_Prostate" else len(channels))
@@ -155,12 +157,12 @@ def test_channels_and_classes_can_be_chosen(tmp_path):
         np.testing.assert_array_equal(both.arrays(one.volume)[0][:, 1:], second.arrays(one.volume)[0])
         if one.label is not None:
             np.testing.assert_array_equal(both.arrays(one.volume)[1] == 2, second.arrays(one.volume)[1])
-    with pytest.raises(UsageError, match=r'classes names "CZ" in vain; did you mean PZ\?'):
+    with pytest.raises(UsageError, match=r'classes names "CZ" in vain; did you mean TZ\?'):
         ingest.prepare(root, tmp_path / "none", changes={"classes": ("CZ",)}, workers=1)
 
 
 def test_a_preset_for_the_other_modality_is_refused_where_only_one_is_there(miniatures, tmp_path):
-    with pytest.raises(UsageError, match="preset ct is for ct, and only mr is here"):
+    with pytest.raises(UsageError, match="preset ct is for ct, and there is only mr here"):
         ingest.prepare(miniatures["mmwhs"][0] / "mr_train", tmp_path, preset="ct", workers=1)
 
 
@@ -172,6 +174,22 @@ def test_published_splits_that_fit_are_in_the_prepared_set(tmp_path, monkeypatch
     store = catalogue.prepare(str(root), name="prostate-t2", workers=1, say=told.append)
     assert store.root == tmp_path / "data" / "prostate-t2"
     assert any("14 published splits left out" in line for line in told)
+
+
+def test_a_collection_without_labels_pretrains_on_everybody(miniatures, tmp_path):
+    store = ingest.prepare(miniatures["nnssl"][0], tmp_path, workers=1)
+    split = splits.make(store)
+    assert (split.train, split.val, split.test, split.labelled) == (store.patients, (), (), ())
+    splits.save(split, store)
+    assert splits.load(store, "seed-0") == split
+
+
+def test_data_list_says_what_each_set_is_and_where_it_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDSSL_DATA", str(tmp_path))
+    text = catalogue.describe(catalogue.entries())
+    for name in READ:
+        assert find.constant("dataset", name, "OBTAIN") in text
+        assert find.constant("dataset", name, "LICENCE") in text
 
 
 REAL = ("Task04_Hippocampus", "SunnybrookLV", "TotalSegSamples")

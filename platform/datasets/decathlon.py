@@ -6,7 +6,8 @@
                       or one file per channel: <volume>_0000.nii.gz, <volume>_0001.nii.gz, …
     labelsTr/         <volume>.nii.gz, one for each volume of imagesTr; no such folder: nothing is labelled
     imagesTs/         with labelsTs: the official test part; without: unlabelled volumes for pretraining
-    cases.json        optional: [{"name": volume, "patient" or "subject": whose, "phase": …, "split": train|val|test}]
+    cases.json        optional: [{"name": volume, "patient" or "subject": whose, "phase": …, "site": …, "group": …,
+                      "split": train|val|test}]
 
 Formats: Antonelli et al., Nature Communications 2022, https://doi.org/10.1038/s41467-022-30695-9 (http://medicaldecathlon.com);
 nnU-Net, documentation/dataset_format.md of https://github.com/MIC-DKFZ/nnUNet.
@@ -235,8 +236,8 @@ def case(
             raise RunError(f"{root / 'cases.json'}: does not say whose volume {volume} is; add it, with its patient")
         return Case(volume, volume, paths, label, part)
     patient = entry.get("patient", entry.get("subject"))
-    phase = entry.get("phase")
-    return Case(str(patient), volume, paths, label, entry.get("split") or part, None if phase is None else str(phase))
+    strata = {key: None if entry.get(key) is None else str(entry[key]) for key in ("phase", "site", "group")}
+    return Case(str(patient), volume, paths, label, entry.get("split") or part, **strata)
 
 
 def splits(root: Path) -> Iterator[Split]:

@@ -1,4 +1,4 @@
-"""A miniature of CHAOS's MR part: two people with three sequences, one without labels; DICOM slices out of the order of names."""
+"""A miniature of CHAOS's MR part: two people with labels, one without, three sequences; names count against the places."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def slice_file(path: Path, plane: NDArray[Any], z_mm: float, series: str) -> Non
     said = Dataset()
     said.file_meta = FileMetaDataset()
     said.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    said.SOPClassUID, said.SOPInstanceUID, said.SeriesInstanceUID = MRImageStorage, f"{series}.{path.stem[-3:]}", series
+    said.SOPClassUID, said.SOPInstanceUID, said.SeriesInstanceUID = MRImageStorage, f"{series}.{int(path.stem[-4:])}", series
     said.Modality, said.ImagePositionPatient, said.ImageOrientationPatient = "MR", [-10, -20, z_mm], [1, 0, 0, 0, 1, 0]
     said.PixelSpacing, said.SliceThickness = [1.5, 1.25], 5
     said.SamplesPerPixel, said.PhotometricInterpretation = 1, "MONOCHROME2"
