@@ -203,6 +203,14 @@ def listing_problems(source: Source) -> list[Problem]:
 # ---------------------------------------------------------------------------------------------------------- reading one volume
 
 
+@functools.lru_cache(maxsize=1)
+def film(path: Path, modified: int) -> formats.Scan:
+    """What `formats.read` gives. The last file is kept: its frames are cases that follow each other."""
+    array, affine = formats.read(path)
+    array.flags.writeable = False
+    return array, affine
+
+
 def of_frame(array: NDArray[Any], frame: int, path: Path) -> NDArray[Any]:
     """One volume (x, y, z) of a 4D array; of a file with a single frame that one. Raises Problem."""
     if array.ndim == 3 and frame == 0:
@@ -219,8 +227,10 @@ def read_image(case: Case, info: DataInfo) -> tuple[NDArray[Any], NDArray[np.flo
     channels: list[NDArray[Any]] = []
     affine = None
     for path in case.images:
-        array, its_affine = formats.read(path)
-        if case.frame is not None:
+        if case.frame is None:
+            array, its_affine = formats.read(path)
+        else:
+            array, its_affine = film(path, path.stat().st_mtime_ns if path.exists() else 0)
             array = of_frame(array, case.frame, path)
         if array.ndim != 3 + together or (together and array.shape[-1] != len(info.channels)):
             raise Problem(
