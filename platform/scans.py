@@ -148,14 +148,15 @@ def find_source(source: str | Path, out: Path) -> Source:
 
     Raises UsageError when there is no such thing, RunError when its files contradict each other.
     """
+    root = Path(source)
     if isinstance(source, str) and source in find.names("dataset"):
         module = find.load("dataset", source)
-        if not hasattr(module, "generate"):
+        if hasattr(module, "generate"):
+            root, generator = out / "source", program(source)
+            write_once(module.generate, root, generator)
+            return Source(root, module.info(root), tuple(module.cases(root)), generator)
+        if not root.is_dir():
             raise UsageError(f'data set "{source}" is read from a folder; give a folder of this form:\n\n{form(source)}')
-        root, generator = out / "source", program(source)
-        write_once(module.generate, root, generator)
-        return Source(root, module.info(root), tuple(module.cases(root)), generator)
-    root = Path(source)
     name = recognise(root)
     module = find.load("dataset", name)
     if not hasattr(module, "unpack"):
@@ -203,6 +204,14 @@ def listing_problems(source: Source) -> list[Problem]:
 # ---------------------------------------------------------------------------------------------------------- reading one volume
 
 
+@functools.lru_cache(maxsize=1)
+def cine(path: Path, modified_ns: int) -> formats.Scan:
+    """A 4D file, kept until another is read: its frames are volumes, prepared one after the other."""
+    array, affine = formats.read(path)
+    array.flags.writeable = False
+    return array, affine
+
+
 def of_frame(array: NDArray[Any], frame: int, path: Path) -> NDArray[Any]:
     """One volume (x, y, z) of a 4D array; of a file with a single frame that one. Raises Problem."""
     if array.ndim == 3 and frame == 0:
@@ -219,7 +228,7 @@ def read_image(case: Case, info: DataInfo) -> tuple[NDArray[Any], NDArray[np.flo
     channels: list[NDArray[Any]] = []
     affine = None
     for path in case.images:
-        array, its_affine = formats.read(path)
+        array, its_affine = formats.read(path) if case.frame is None else cine(path, path.stat().st_mtime_ns)
         if case.frame is not None:
             array = of_frame(array, case.frame, path)
         if array.ndim != 3 + together or (together and array.shape[-1] != len(info.channels)):

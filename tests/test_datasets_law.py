@@ -165,6 +165,11 @@ def test_channels_and_classes_can_be_chosen(tmp_path):
         ingest.prepare(root, tmp_path / "none", changes={"classes": ("CZ",)}, workers=1)
 
 
+def test_a_folder_may_be_called_as_its_data_set_is(miniatures, tmp_path, monkeypatch):
+    monkeypatch.chdir(miniatures["btcv"][0].parent)
+    assert ingest.prepare("btcv", tmp_path, workers=1).name == "btcv"
+
+
 def test_a_preset_for_the_other_modality_is_refused_where_only_one_is_there(miniatures, tmp_path):
     with pytest.raises(UsageError, match="preset ct is for ct, and there is only mr here"):
         ingest.prepare(miniatures["mmwhs"][0] / "mr_train", tmp_path, preset="ct", workers=1)
@@ -226,7 +231,9 @@ def test_real_sets_are_prepared_by_one_command_and_reassemble(data_root, tmp_pat
         low, high = store.preset.window or np.percentile(image, store.preset.percentiles)
         exact = np.clip((image[0] - low) / (high - low), 0, 1)
         stored = geometry.restore(pixels, record.geometry).astype(float) / 255
-        inside = geometry.restore(np.ones_like(pixels), record.geometry) == 1  # the foreground box: outside lies nothing above 0
+        inside = (
+            geometry.restore(np.ones_like(pixels), record.geometry) == 1
+        )  # the foreground box: outside, nothing
         assert np.all(exact[inside] - stored[inside] < 1 / 255 + 1e-6)
         assert np.all(exact[inside] - stored[inside] > -1e-4)
         assert np.all(exact[~inside] == 0)
