@@ -421,7 +421,8 @@ def expected_bytes(case: Case, preset: Preset) -> int:
     import nibabel
 
     first = case.images[0]
-    with contextlib.suppress(OSError, EOFError, zlib.error, ValueError, nibabel.filebasedimages.ImageFileError):
+    damaged = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, KeyError, OverflowError)
+    with contextlib.suppress(OSError, EOFError, zlib.error, ValueError, *damaged):  # whoever reads the file says what it is
         with gzip.open(first) if first.name.endswith(".gz") else open(first, "rb") as file:
             begin = file.read(540)
         kinds = (nibabel.Nifti1Header, nibabel.Nifti2Header)
@@ -429,6 +430,8 @@ def expected_bytes(case: Case, preset: Preset) -> int:
         if header is not None:
             said = header(begin[: header.sizeof_hdr], check=False)
             shape, voxel = said.get_data_shape(), said.get_data_dtype().itemsize
+            if len(shape) < 3 or min(shape) < 1:
+                raise ValueError(f"no volume: {shape}")
             channels = max(len(case.images), int(np.prod(shape[3:])))
             read = channels * int(np.prod(shape[:3])) * voxel  # once as bytes, once as the array that `peak_bytes` counts
             return read + geometry.peak_bytes(voxel, said.get_best_affine(), shape[:3], channels, preset)
