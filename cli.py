@@ -404,12 +404,14 @@ def report(
 @app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Files of platform/benches/; default: all.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("-o", help="One setting of the bench named: volumes=500.")] = None,
     as_json: Json = False,
 ) -> None:
     """Speed as ratios: ours and a named rival in one run."""
     from medssl.platform import bench as benches
+    from medssl.platform.config import override
 
-    rows = benches.run(names or [], say=_aside)
+    rows = benches.run(names or [], say=_aside, changes=dict(map(override, overrides or [])))
     _print([row.as_dict() for row in rows], as_json, benches.describe(rows))
 
 

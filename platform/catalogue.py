@@ -167,14 +167,7 @@ def _within(quantisation: Mapping[str, Any]) -> str:
 
 def losses(store: Store) -> list[str]:
     """A line for each thing that the prepared form no longer says of the scans: rounding, labels cut off, slices left out."""
-    lines, said = [], store.quantisation
-    if said:
-        unit = "of a standard deviation" if store.preset.zscore else "of the range 0 to 1"
-        hu = ""
-        if store.preset.window and not store.preset.zscore:
-            width = store.preset.window[1] - store.preset.window[0]
-            hu = f": {width * said['max']:.2g} HU (rms {width * said['rms']:.2g})"
-        lines.append(f"stored as {store.preset.dtype}{_within(said)} {unit} from float32{hu}")
+    lines = []
     cut = [volume for volume in store.volumes if volume.lost.get("label_voxels")]
     if cut:
         part = {volume.volume: volume.lost["label_voxels"] / volume.lost["label_voxels_of"] for volume in cut}
@@ -186,6 +179,14 @@ def losses(store: Store) -> list[str]:
         left = sum(volume.geometry["slices"] - volume.slices for volume in store.volumes if "kept" in volume.geometry)
         whole = sum(not may_filter(volume.labelled, volume.part) for volume in store.volumes)
         lines.append(f"{left} slices left out; {whole} volumes that a split may put into its test part keep all of theirs")
+    said = store.quantisation
+    if said:
+        unit = "of a standard deviation" if store.preset.zscore else "of the range 0 to 1"
+        hu = ""
+        if store.preset.window and not store.preset.zscore:
+            width = store.preset.window[1] - store.preset.window[0]
+            hu = f": {width * said['max']:.2g} HU (rms {width * said['rms']:.2g})"
+        lines.append(f"stored as {store.preset.dtype}{_within(said)} {unit} from float32{hu}")
     return lines
 
 

@@ -67,10 +67,8 @@ class Preset:
     body_mask: bool = False  # 0 outside the patient; percentiles and z-scores are then of the patient alone
     margin: int = 0  # voxels around the foreground box
     resize: tuple[int, int] | None = None  # rows and columns that every slice is resampled to, whatever its spacing
-    size: tuple[Side, Side, Side] | None = (
-        None  # rows, columns, slices, reached by centred crops and zero padding; null: as it is
-    )
-    neighbours: int = 0  # slices below and above that are channels beside a slice's own (2.5D); the last one is repeated
+    size: tuple[Side, Side, Side] | None = None  # rows, columns, slices, by centred crops and zero padding; null: as it is
+    neighbours: int = 0  # slices below and as many above as channels after a slice's own (2.5D); the end ones are repeated
     channels: tuple[int, ...] | None = None  # which of the scan's channels, counted from 0; null: all
     classes: tuple[str, ...] | None = None  # which classes, by name, in this order; the others are background; null: all
     slice_content: float = 0.0  # leave out slices of which less than this fraction is above 0 …
@@ -469,7 +467,7 @@ def prepare(
         scale = Scale.of(image, preset, inside)
 
     first, size, wanted = place(image, scale, preset, inside)
-    cut = (..., *(slice(at, at + n) for at, n in zip(first, size, strict=True)))
+    cut: tuple[Any, ...] = (..., *(slice(at, at + n) for at, n in zip(first, size, strict=True)))
     image, label = image[cut], None if label is None else label[cut]
     stored, lost = quantise(scale.apply(image, preset, None if inside is None else inside[cut]), preset.dtype)
     pad = [((n := side - have) // 2, n - n // 2) for side, have in zip(wanted, size, strict=True)]
@@ -488,7 +486,7 @@ def prepare(
         lost |= labels_left_out(scan_label, geometry)
     kept = filter_slices(stored, label, preset) if filtered else None
     if preset.neighbours:
-        reach = np.arange(-preset.neighbours, preset.neighbours + 1)
+        reach = sorted(range(-preset.neighbours, preset.neighbours + 1), key=lambda by: (by != 0, by))
         stored = np.concatenate([stored[np.clip(np.arange(len(stored)) + by, 0, len(stored) - 1)] for by in reach], axis=1)
     if kept is not None:
         geometry |= {"kept": kept.tolist(), "slices": len(stored)}

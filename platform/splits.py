@@ -88,6 +88,8 @@ def make(
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise UsageError(f"fractions {fractions} of train, val and test should be at least 0 and sum to 1")
     official, labelled, stratum = official_parts(store), with_labels(store), strata(store, by)
+    if not labelled:  # a collection for pretraining: there is nothing to select by or to score
+        return Split(f"seed-{seed}", store.patients, (), (), ())
     for patient, part in official.items():
         if part in ("val", "test") and patient not in labelled:
             raise UsageError(
@@ -189,7 +191,7 @@ def verify(split: Split, store: Store) -> None:
     home: dict[str, str] = {}
     for part in PARTS:
         patients = getattr(split, part)
-        if not patients:
+        if not patients and (part == "train" or with_labels(store)):
             raise UsageError(f'split "{split.name}": no patient in {part}; each part needs one')
         for patient in patients:
             if patient in home:

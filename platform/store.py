@@ -5,8 +5,9 @@
     position            float32, 0 at the volume's lowest slice, 1 at its highest
     image               binary, (channels, height, width) of the preset's dtype, row after row
     label               binary, (height, width) uint8 class ids, UNLABELLED where nobody annotated; null: no label at all
-    height, width       int32, pixels; rows run towards the patient's right, columns towards anterior
-    channels            int32
+    height, width       int32, pixels; rows run towards the patient's right, columns towards anterior, where the preset's
+                        orientation says nothing else
+    channels            int32: the scan's, and in 2.5D those of the slices around, from the lowest
     spacing_mm          list of 3 float32: between rows, columns, slices
     foreground          float32, fraction of the annotated pixels that are not background; null when there are none
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Tensors here have a few dozen numbers: threads would cost more than they save, tens of times more beside other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -149,7 +149,7 @@ def test_preparing_again_does_nothing_and_another_preparation_is_refused(tmp_pat
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.name != ".lock"} == before
 
     with pytest.raises(
-        UsageError, match=r"was prepared with spacing_mm None instead of \(2, 2, 2\); prepare it anew with --overwrite"
+        UsageError, match=r"was prepared with spacing_mm None instead of \(2\.0, 2\.0, 2\.0\); prepare it anew with --overwrite"
     ):
         ingest.prepare(root, out, workers=1, changes={"spacing_mm": [2, 2, 2]})
     anew = ingest.prepare(root, out, workers=1, changes={"spacing_mm": [2, 2, 2]}, overwrite=True)

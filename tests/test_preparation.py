@@ -1,4 +1,4 @@
-"""Laws of every preset option: labels come back, slices are the scan within the stated rounding, and each option against an oracle."""
+"""Laws of every preset option: labels come back, slices are the scan within the stated rounding, each option has an oracle."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medssl.platform import bias, body, catalogue, geometry, ingest, splits
+from medssl.platform import bias, body, catalogue, geometry, ingest
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.geometry import PRESETS, Preset
 from medssl.platform.records import DataInfo
@@ -101,9 +101,9 @@ def test_every_option_that_does_not_resample_gives_back_each_voxel_it_kept(prese
     assert np.array_equal(geometry.restore(labels, back), np.where(kept, stored_label, 0))
     if not preset.foreground_box and preset.size is None and "kept" not in back:
         assert kept.all()
-    middle = slices_first(done.image)[:, preset.neighbours]
+    own = slices_first(done.image)[:, 0]
     largest = 1 if preset.dtype.startswith("float") else np.iinfo(preset.dtype).max
-    intensities = geometry.restore(middle, back).astype(np.float64) / largest
+    intensities = geometry.restore(own, back).astype(np.float64) / largest
     expected = (stored + 500.0) / 1000
     expected = np.clip(expected, 0, 1) if preset.clip else expected
     assert np.abs(intensities - expected)[kept].max() <= done.lost["rounding_max"] + 1e-6
@@ -132,7 +132,7 @@ def test_the_stated_rounding_is_the_distance_to_float32(dtype):
 def test_orientation_and_spacing_along_it_agree_with_monai(codes):
     from monai import transforms as mt
 
-    image, label = scan(seed=3)
+    image, _ = scan(seed=3)
     stored, affine = turned(image, AFFINE, "PLI")
     spacing = (1.1, 2.0, 0.8)
     done = geometry.prepare(stored[None], affine, None, changed(PLAIN, orientation=codes, spacing_mm=spacing))
@@ -195,7 +195,7 @@ def test_crops_and_padding_are_those_of_the_global_local_study(size):
 
 
 def test_a_preset_of_the_global_local_study_does_what_its_paper_says(monkeypatch):
-    """Percentiles of the whole scan without clipping, then the plane resampled, then crop and pad; MONAI does the resampling."""
+    """Percentiles of the whole scan without clipping, the plane resampled (by MONAI here), then crop and pad."""
     from monai import transforms as mt
 
     monkeypatch.setattr(bias, "corrected", lambda image, *_: image.astype(np.float32))
@@ -263,7 +263,7 @@ def test_otsus_threshold_is_simpleitks():
 def coil(shape=(28, 26, 10)):
     """Two tissues under a smooth field that is brighter on one side."""
     rng = np.random.default_rng(0)
-    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    x, y, _ = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     tissue = np.where(x**2 + y**2 < 0.4, 200.0, 100.0)
     return tissue + rng.normal(0, 1, shape), np.exp(0.5 * x + 0.2 * y), tissue
 
@@ -290,7 +290,7 @@ def test_neighbouring_slices_are_channels_and_the_last_is_repeated():
     done = geometry.prepare(image, AFFINE, None, changed(PLAIN, neighbours=2))
     assert done.image.shape == (10, *one.shape[1:])
     for k in range(one.shape[3]):
-        for number, by in enumerate(range(-2, 3)):
+        for number, by in enumerate((0, -2, -1, 1, 2)):  # its own first: what a picture shows
             at = min(max(k + by, 0), one.shape[3] - 1)
             assert np.array_equal(done.image[2 * number : 2 * number + 2, ..., k], one[..., at])
 
@@ -325,15 +325,21 @@ def test_intensities_that_half_precision_cannot_hold_are_refused():
     image[::2] = np.random.default_rng(0).random((3, 6, 4))
     image[0, 0, 0] = 1e7
     wide = changed(PLAIN, window=None, percentiles=(1.0, 99.0), clip=False)
-    with pytest.raises(ValueError, match="more than float16 holds; set preset.dtype to float32"):
+    with pytest.raises(ValueError, match=r"more than float16 holds; set preset\.dtype to float32"):
         geometry.prepare(image[None], AFFINE, None, changed(wide, dtype="float16"))
     assert np.isfinite(geometry.prepare(image[None], AFFINE, None, wide).image).all()
 
 
 @pytest.mark.parametrize(
     "preset",
-    [PRESETS["ct"], PRESETS["mr"], changed(PRESETS["acdc"], n4=0), changed(PRESETS["ct"], spacing_mm=(0.5, 0.5, 1.0)), FREE,
-     changed(FREE, neighbours=2, body_mask=True)],
+    [
+        PRESETS["ct"],
+        PRESETS["mr"],
+        changed(PRESETS["acdc"], n4=0),
+        changed(PRESETS["ct"], spacing_mm=(0.5, 0.5, 1.0)),
+        FREE,
+        changed(FREE, neighbours=2, body_mask=True),
+    ],
 )
 def test_the_memory_that_is_reckoned_with_is_enough_and_not_much_too_much(preset):
     image = np.random.default_rng(0).integers(-400, 400, (96, 90, 70)).astype(np.int16, order="F")
@@ -344,5 +350,164 @@ def test_the_memory_that_is_reckoned_with_is_enough_and_not_much_too_much(preset
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     expected = geometry.peak_bytes(2, affine, image.shape, 1, preset) - image.nbytes
-    print(peak / expected)
-    assert 0.25 * expected < peak <= expected
+    assert 0.25 * expected < peak <= expected, peak / expected
+
+
+# ------------------------------------------------------------------------------------------------------ through the store
+
+
+def write_scans(root, volumes=4, modality="MRI", official=False, shape=(24, 20, 8)):
+    """A Decathlon folder; with `official`, its last volume is the test part."""
+    rng = np.random.default_rng(0)
+    for number in range(volumes):
+        last = official and number == volumes - 1
+        images, labels = ("imagesTs", "labelsTs") if last else ("imagesTr", "labelsTr")
+        image = np.full((shape[0], shape[1] + number % 2, shape[2]), -1000, np.int16)
+        image[3:20, 2:18, 1:7] = rng.integers(-450, 400, (17, 16, 6))
+        label = (image > 200).astype(np.uint8)
+        label[..., 4:] = 0
+        for folder, array in ((images, image), (labels, label)):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            nibabel.Nifti1Image(array, np.diag([-1.5, 1.0, 2.0, 1.0])).to_filename(root / folder / f"v{number}.nii.gz")
+    said = {"name": "toy", "modality": {"0": modality}, "labels": {"0": "background", "1": "organ"}}
+    (root / "dataset.json").write_text(json.dumps(said))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("modality", "content"),
+    [
+        ("CT", "00696a2f2cf7ea46c8cf82716d306ebc231c247174e252d2b9902f7122672b24"),
+        ("MRI", "be9520f334cec1923fdc6b7f5b8fd8c10a3d79fe8e5aadbe0e92fe1fa3f5b7cd"),
+    ],
+)
+def test_what_the_first_presets_made_of_scans_they_still_make(tmp_path, modality, content):
+    """The content hashes that version 0.1.0 gave these scans, before there were any other options."""
+    root = tmp_path / "scans"
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        image = np.full((24, 20 + number, 8), -1000, np.int16)
+        image[3:20, 2:18, 1:7] = rng.integers(-450, 400, (17, 16, 6))
+        for folder, array in (("imagesTr", image), ("labelsTr", (image > 200).astype(np.uint8))):
+            nibabel.Nifti1Image(array, np.diag([-1.5, 1.0, 2.0, 1.0])).to_filename(root / folder / f"v{number}.nii.gz")
+    said = {"name": "toy", "modality": {"0": modality}, "labels": {"0": "background", "1": "organ"}}
+    (root / "dataset.json").write_text(json.dumps(said))
+    assert ingest.prepare(root, tmp_path / "store", workers=1).content_hash == content
+
+
+def test_slices_are_left_out_of_training_alone_and_the_summary_says_how_many(tmp_path):
+    root = write_scans(tmp_path / "scans", official=True)
+    changes = {"slice_foreground": 0.01}
+    store = ingest.prepare(root, tmp_path / "store", workers=1, changes=changes)
+    slices = {record.volume: (record.part, record.slices) for record in store.volumes}
+    assert slices == {f"v{n}": ("train", 3) for n in range(3)} | {"v3": ("test", 8)}
+    assert "15 slices left out; 1 volumes that a split may put into its test part keep all of theirs" in catalogue.losses(store)
+    rows = store.table(volumes=["v0"]).sort_by("slice_index").to_pylist()
+    assert [row["slice_index"] for row in rows] == [0, 1, 2]
+    assert [row["position"] for row in rows] == [0, 0.5, 1]
+    assert min(row["foreground"] for row in rows) >= 0.01
+    back = geometry.restore(store.arrays("v0")[1], store.volumes[0].geometry)
+    assert np.array_equal(back, nibabel.load(root / "labelsTr" / "v0.nii.gz").get_fdata())
+    assert ingest.check(store.root, workers=1) == []
+    whole = ingest.prepare(write_scans(tmp_path / "unsplit"), tmp_path / "whole", workers=1, changes=changes)
+    assert {record.slices for record in whole.volumes} == {8}, "any of them may come to be tested"
+    with pytest.raises(RunError, match=r"no slice of it passes preset\.slice_content"):
+        ingest.prepare(root, tmp_path / "none", workers=1, changes={"slice_content": 1.0})
+
+
+def test_the_manifest_and_the_last_line_state_the_rounding_and_the_labels_cut_off(tmp_path):
+    root = write_scans(tmp_path / "scans", modality="CT")
+    store = ingest.prepare(root, tmp_path / "store", workers=1)
+    said = json.loads((store.root / "manifest.json").read_text())["quantisation"]
+    assert said == store.quantisation
+    assert 0.99 / 255 < said["max"] <= 1 / 255
+    assert said["rms"] < said["max"]
+    assert catalogue.summary(store).splitlines()[-1].startswith("stored as uint8 within 0.0039 (rms ")
+    assert "3.9 HU" in catalogue.summary(store)
+    changes = {"pad": 0, "size": [8, 8], "dtype": "float16"}
+    cropped = ingest.prepare(root, tmp_path / "cropped", workers=1, changes=changes)
+    assert cropped.quantisation["max"] <= 2**-12
+    assert catalogue.losses(cropped)[0].startswith("labels cut off by the box or the crop in 4 volumes, most in v")
+
+
+def test_a_scan_is_bias_corrected_once_whatever_else_changes(tmp_path, monkeypatch):
+    calls = []
+
+    def once(image, spacing_mm, shrink):
+        calls.append(spacing_mm)
+        return image.astype(np.float32) * 2
+
+    monkeypatch.setattr(bias, "corrected", once)
+    root, out = write_scans(tmp_path / "scans"), tmp_path / "store"
+    first = ingest.prepare(root, out, workers=1, changes={"n4": 1, "percentiles": None, "zscore": "all", "dtype": "float32"})
+    assert calls == [(1.5, 1.0, 2.0)] * 4
+    again = ingest.prepare(root, out, workers=1, changes={"n4": 1, "dtype": "float16"}, overwrite=True)
+    assert len(calls) == 4
+    assert again.content_hash != first.content_hash
+    next((out / ".n4").glob("*")).write_bytes(b"")  # what a loss of power may leave
+    ingest.prepare(root, out, workers=1, changes={"n4": 1, "spacing_mm": [2, 2, 2]}, overwrite=True)
+    assert len(calls) == 5
+    write_scans(root, volumes=5)
+    ingest.prepare(root, out, workers=1, changes={"n4": 1}, overwrite=True)
+    assert len(list((out / ".n4").iterdir())) == 5, "of files that have changed nothing is kept"
+
+
+def test_slices_with_their_neighbours_train_and_predict(tmp_path, monkeypatch):
+    """2.5D from the scan to a label in its own grid; the network takes three channels, the scan has one."""
+    from pathlib import Path
+
+    from medssl.platform import single
+    from medssl.platform.store import Store
+
+    monkeypatch.setenv("MEDSSL_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("MEDSSL_RUNS", str(tmp_path / "runs"))
+    root = write_scans(tmp_path / "scans")
+    catalogue.prepare(str(root), changes={"neighbours": 1, "size": (16, 24, None)}, workers=1, say=print)
+    assert Store.open(tmp_path / "data" / "scans").channels == 3
+    words = ["network.width=4", "network.levels=2", "finetune.side=16", "finetune.training.steps=2"]
+    words += ["finetune.training.batch=2", "finetune.training.evaluations=1"]
+    run = single.finetune(None, str(root), 0, [], words, say=print).partition(":")[0]
+    (answer,) = single.predict(run, [root / "imagesTr" / "v1.nii.gz"], tmp_path / "out", say=print)
+    assert nibabel.load(answer).shape == (24, 21, 8)
+    assert Path(answer).name == "v1.nii.gz"
+
+
+def test_fewer_workers_are_started_where_memory_is_short_and_what_fits_nowhere_is_refused(tmp_path, monkeypatch):
+    root = write_scans(tmp_path / "scans")
+    case = ingest.find_source(root, tmp_path).cases[0]
+    needed = ingest.expected_bytes(case, PRESETS["mr"])
+    image, affine, _ = ingest.read_case(case, ingest.find_source(root, tmp_path).info)
+    assert needed == image.nbytes + geometry.peak_bytes(2, affine, image.shape[1:], 1, PRESETS["mr"])
+    monkeypatch.setattr(ingest, "WORKER_BYTES", 0)
+    monkeypatch.setattr(ingest, "free_bytes", lambda: int(2.5 * needed / ingest.MEMORY))
+    seen = []
+    ingest.prepare(root, tmp_path / "store", workers=4, progress=lambda *each: seen.append(each))
+    assert seen[0] == (0, 4, "volumes, 2 at a time: more exceed the free memory")
+    with pytest.raises(
+        RunError, match=r"v\d\.nii\.gz: preparing it takes about .* GB of memory, and .* are free for it; is its"
+    ):
+        ingest.prepare(root, tmp_path / "none", workers=1, changes={"spacing_mm": [0.01, 0.01, 0.01]})
+    with pytest.raises(RunError, match="preparing it takes about"):
+        ingest.ingest_volume(ingest.VolumeTask(case, DataInfo("d", ("a", "b"), preset="mr"), PRESETS["mr"], None, limit=1000))
+
+
+def test_the_time_left_is_reckoned_from_what_this_run_has_done(monkeypatch):
+    now, lines = [100.0], []
+    monkeypatch.setattr(catalogue.time, "monotonic", lambda: now[0])
+    tell = catalogue._telling("preparing x", lines.append)
+    for at, *said in (
+        (100, 50, 100, "volumes"),
+        (130, 60, 100, "volumes"),
+        (250, 100, 100, "volumes"),
+        (251, 1, 9, "slice files"),
+    ):
+        now[0] = at
+        tell(*said)
+    assert lines == [
+        "preparing x: 50 of 100 volumes",
+        "preparing x: 60 of 100 volumes, about 120 s left",
+        "preparing x: 100 of 100 volumes",
+        "preparing x: 1 of 9 slice files",
+    ]
