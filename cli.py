@@ -101,7 +101,15 @@ def data_list(as_json: Json = False) -> None:
 
 @data_app.command("prepare")
 def data_prepare(
-    source: Annotated[str, typer.Argument(help="A data set's name, or a folder of scans.")],
+    source: Annotated[str, typer.Argument(help="A data set's name, a folder of scans, or a new name for --images.")],
+    images: Annotated[Path | None, typer.Option(help="Your own scans: NIfTI, DICOM, pictures.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Their labels, under the same names.")] = None,
+    datalist: Annotated[Path | None, typer.Option(help="A MONAI datalist instead, its paths below --images or itself.")] = None,
+    subject_regex: Annotated[
+        str | None, typer.Option(help="What in a scan's path says whose it is: '(p[0-9]+)'; default: each its own.")
+    ] = None,
+    classes: Annotated[str, typer.Option(help="What the ids 1, 2 … of --labels are: liver,spleen.")] = "foreground",
+    stacks: Annotated[bool, typer.Option("--stacks", help="A folder of pictures below --images is one volume.")] = False,
     preset: Annotated[
         str | None, typer.Option(help="How to prepare: a name that data list shows; default: what the data set says.")
     ] = None,
@@ -114,6 +122,14 @@ def data_prepare(
     """Read volumes, resample, normalise, and store their slices with a split by patients."""
     from medssl.platform import catalogue
 
+    if images or datalist:
+        paths = {"images": images, "labels": labels, "datalist": datalist}
+        said = {key: None if path is None else str(path.resolve()) for key, path in paths.items()}
+        more = {"subject_regex": subject_regex, "classes": tuple(classes.split(",")), "stacks": stacks}
+        catalogue.remember(name or source, overwrite, **said, **more)
+        source = name or source
+    elif labels or subject_regex:
+        raise UsageError("--labels and --subject-regex belong to --images or --datalist; say where the scans are")
     changes = dict(map(catalogue.preset_change, override or []))
     store = catalogue.prepare(
         source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, name=name, say=_aside
@@ -252,7 +268,7 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="A fine-tuning's id.")],
-    files: Annotated[list[Path], typer.Argument(help="NIfTI volumes.")],
+    files: Annotated[list[Path], typer.Argument(help="Scans: NIfTI, MetaImage, NRRD, DICOM folders, pictures.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the predicted label volumes.")],
 ) -> None:
     """Segment volumes; each answer lies in its input's own geometry."""

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from medssl.methods import augment, crops, gather, settings
+from medssl.methods import augment, colour, crops, gather, settings
 from medssl.methods.augment import Pair
 from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import UNLABELLED, Batch, Loss, Method, Step, Views
@@ -47,7 +47,7 @@ SMOOTH = 1e-5  # ε: a class absent from prediction and label has Dice 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(settings.Chain):
+class Config(settings.Chain, settings.Pictures):
     side: int | None = None  # pixels of a crop; None: 96, or less where the slices are smaller
     crops: int = 2  # per slice and step
     balanced: bool = True  # centre a crop on foreground or background, each half of the time; else anywhere
@@ -214,6 +214,8 @@ class Segment(nn.Module):
         image, label, size = (batch[key].repeat_interleave(self.config.crops, 0) for key in ("image", "label", "size"))
         corner, extent = self._boxes(label, size, side, rng)
         images, labels = augment.labelled_view(image, label, corner, side, self.config, rng, extent)
+        if self.config.warp_p or self.config.colour_p:
+            images, labels = colour.varied(images, labels, self.config, rng)
         views = Views([images], [corner], [torch.full_like(corner, side) if extent is None else extent], labels)
         pair: Any = self._pair(batch, side, rng) if self.fed else None
         drawn = {name: dict(hook.draw(pair, rng)) for name, hook in self.active.items()}

@@ -48,14 +48,15 @@ def prepare(
     """Prepare a source under its own or the given name, write down the splits that papers publish of it, and draw one."""
     from medssl.platform import ingest, scans
 
+    name, source = name or Path(source).name, _known(source)
     store = ingest.prepare(
-        _known(source),
-        folder(name or source),
+        source,
+        folder(name),
         preset=preset,
         changes=changes,
         workers=workers,
         overwrite=overwrite,
-        progress=_telling(f"preparing {Path(source).name}", say),
+        progress=_telling(f"preparing {name}", say),
         map_unordered=ingest.in_processes,
     )
     missing = []
@@ -102,8 +103,23 @@ def check(source: str, workers: int | None, say: Say) -> "quality.Report":
     return quality.check(known, workers=workers, progress=told, map_unordered=ingest.in_processes)
 
 
+def remember(name: str, overwrite: bool, **said: Any) -> None:
+    """Write down where scans of one's own are, so that `name` is their source from now on. Raises UsageError."""
+    from medssl.platform.datasets import folders
+
+    if name in find.names("dataset") or Path(name).name != name:
+        raise UsageError(f'"{name}" cannot be the name of a set of your own: it is a data set\'s, or a path; choose another')
+    where = folders.Where(name=name, **said)
+    root = folder(name) / "source"
+    if is_prepared(name) and not overwrite and not (folders.matches(root) and folders.where(root) == where):
+        raise UsageError(f"{folder(name)} was prepared from other folders or classes; prepare it anew with --overwrite")
+    folders.remember(root, where)
+
+
 def _known(source: str) -> str:
-    """`source`, if there is such a data set or folder; UsageError with the nearest name otherwise."""
+    """`source`, if there is such a data set or folder, or where its scans are remembered; else UsageError, the nearest name."""
+    if (folder(source) / "source" / "folders.json").is_file() and not Path(source).is_dir():
+        return str(folder(source) / "source")
     if source not in find.names("dataset") and not Path(source).is_dir() and not folder(source).is_dir():
         known = [*find.names("dataset"), *(file.parent.name for file in Site.here().data.glob("*/manifest.json"))]
         raise UsageError(f'no data set, prepared set or folder "{source}"; {find.nearest(source, known)}')

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from medssl.methods.settings import Training, Unlabelled
+from medssl.methods.settings import Pictures, Training, Unlabelled
 from medssl.platform import find
 from medssl.platform.errors import UsageError
 
@@ -124,7 +124,12 @@ class Experiment:
             if value is None:
                 return None
             training = {"training": dataclasses.asdict(value.training)} if value.training else {}
-            return {"name": value.name, **dataclasses.asdict(value.settings), **training}
+            settings = dataclasses.asdict(value.settings)
+            if isinstance(value.settings, Pictures) and not value.settings.warp_p and not value.settings.colour_p:
+                settings = {
+                    key: each for key, each in settings.items() if key not in Pictures.__dataclass_fields__
+                }  # as before
+            return {"name": value.name, **settings, **training}
 
         semi = {}
         if self.hooks:  # what has none reads as before there were any

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 GAP = 1.5  # a distance larger than this times the usual one is a gap
 UNEVEN = 0.1  # slices may lie this far from an even grid, in slice distances
 SAME_PLACE_MM = 0.01
+NAMING = ("SeriesInstanceUID", "SeriesNumber", "PatientID", "PatientName", "PatientBirthDate", "Modality")
 TILT = 0.1  # the last slice may be shifted this far against the first, in pixels
 
 
@@ -69,7 +70,10 @@ def header(path: Path) -> "Dataset":
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of values that break the standard: we judge those that we use
-            return pydicom.dcmread(path, stop_before_pixels=True)
+            said = pydicom.dcmread(path, stop_before_pixels=True)
+            for name in NAMING:  # values are parsed when they are asked for
+                said.get(name)
+        return said
     except Exception as error:  # a parser of bytes that may be anything may raise anything
         raise Problem(path, f"not a whole DICOM file ({reason(error)}); export or copy it again") from error
 

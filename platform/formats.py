@@ -53,7 +53,7 @@ def stem(path: Path) -> str:
 
 
 def is_scan(path: Path) -> bool:
-    """Whether `read` knows the file's ending or finds the mark of DICOM in it; hidden files are none (macOS leaves `._` ones)."""
+    """Whether `read` knows the file's ending or finds the mark of DICOM in it; hidden files are none (macOS leaves `._x`)."""
     return not path.name.startswith(".") and path.is_file() and (bool(ending(path)) or dicom.is_marked(path))
 
 
@@ -178,7 +178,7 @@ def read_picture(path: Path, *, ids: bool = False) -> Scan:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # over Pillow's bound, 89 million pixels
         try:
-            with Image.open(path, formats=("PNG", "JPEG", "MPO", "BMP", "TIFF")) as image:
+            with Image.open(path, formats=("PNG", "JPEG", "BMP", "TIFF")) as image:
                 if path.suffix.lower().startswith(".tif") and getattr(image, "n_frames", 1) > 1:
                     raise Problem(path, "a TIFF of several pages; expected one picture; save each page as a file of its own")
                 array = pixels(path, image if image.getexif().get(274, 1) == 1 else ImageOps.exif_transpose(image), ids)

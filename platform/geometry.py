@@ -157,6 +157,7 @@ PRESETS: Mapping[str, Preset] = {
     # deviation 0.1 % of the range) is a tenth of the noise of a magnetic resonance image with a signal-to-noise ratio of 100.
     # It halves disk, memory and transfer against float16.
     "mr": Preset(None, None, (1.0, 99.0), foreground_box=False, pad=0, dtype="uint8"),
+    "picture": Preset(None, (0.0, 255.0), None, foreground_box=False, pad=0, dtype="uint8"),  # 8 bits per colour, as they are
     "acdc": GLOBAL_LOCAL,
     "prostate": dataclasses.replace(GLOBAL_LOCAL, spacing_mm=(0.625, 0.625, None)),
     "mmwhs": dataclasses.replace(GLOBAL_LOCAL, spacing_mm=(1.5, 1.5, None), size=(160, 160, None)),
