@@ -172,6 +172,30 @@ def data_split(
     _print({"name": split.name, **parts}, as_json, "\n".join([f"split {split.name}", *lines]))
 
 
+@data_app.command("card")
+def data_card(
+    source: str,
+    output: Annotated[
+        str, typer.Option("--format", help="html, with its pictures inside, or md, with them beside it.")
+    ] = "html",
+    out: Annotated[Path | None, typer.Option(help="The file; default: card.html or card.md in the set's folder.")] = None,
+) -> None:
+    """Write what a prepared set holds: counts, spacings, intensities, classes, sample slices, licence, quality, hashes."""
+    from medssl.platform import card, catalogue
+
+    typer.echo(str(card.write(catalogue.open_store(source, say=_aside), output, out)))
+
+
+@data_app.command("download")
+def data_download(name: Annotated[str, typer.Argument(help="A data set that lies open, such as Task04_Hippocampus.")]) -> None:
+    """Fetch and unpack a data set that lies open. Typed again, it goes on; of others it tells the page to register at."""
+    from medssl.platform import download
+    from medssl.platform.site import Site
+
+    path = download.download(name, Site.here().data / "downloads", say=_aside)
+    typer.echo(f"{path}\nnext: medssl data prepare {path}")
+
+
 @data_app.command("show")
 def data_show(
     source: str,

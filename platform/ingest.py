@@ -19,6 +19,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -429,8 +430,11 @@ def expected_bytes(case: Case, preset: Preset) -> int:
         if header is not None:
             said = header(begin[: header.sizeof_hdr], check=False)
             shape, voxel = said.get_data_shape(), said.get_data_dtype().itemsize
-            channels = max(len(case.images), int(np.prod(shape[3:])))
-            read = channels * int(np.prod(shape[:3])) * voxel  # once as bytes, once as the array that `peak_bytes` counts
+            if len(shape) < 3 or min(shape) < 1:
+                raise ValueError(f"no volume: {shape}")
+            stored = max(len(case.images), math.prod(shape[3:]))
+            channels = stored if case.frame is None else 1
+            read = stored * math.prod(shape[:3]) * voxel  # once as bytes, once as the array that `peak_bytes` counts
             return read + geometry.peak_bytes(voxel, said.get_best_affine(), shape[:3], channels, preset)
     files = [each for image in case.images for each in ([image] if image.is_file() else image.rglob("*"))]
     return 10 * sum(file.stat().st_size for file in files if file.is_file())  # 2 bytes a voxel become twice 4, twice over

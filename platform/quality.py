@@ -30,6 +30,7 @@ may be added.
      "warnings": [the same]}
 """
 
+import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -137,7 +138,8 @@ def check(
 ) -> Report:
     """Look at all of a data set, given by name or folder, or of a prepared store. Writes nothing.
 
-    Volumes are read in parallel, each worker holding one, as many as there is memory for. Raises UsageError when there is no such data set.
+    Volumes are read in parallel, each worker holding one, by as many workers as there is memory for. Raises UsageError when
+    there is no such data set.
     """
     workers = workers or ingest.cores()
     work = map_unordered or ingest.default_map(workers)

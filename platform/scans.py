@@ -148,14 +148,15 @@ def find_source(source: str | Path, out: Path) -> Source:
 
     Raises UsageError when there is no such thing, RunError when its files contradict each other.
     """
+    root = Path(source)
     if isinstance(source, str) and source in find.names("dataset"):
         module = find.load("dataset", source)
-        if not hasattr(module, "generate"):
+        if hasattr(module, "generate"):
+            root, generator = out / "source", program(source)
+            write_once(module.generate, root, generator)
+            return Source(root, module.info(root), tuple(module.cases(root)), generator)
+        if not root.is_dir():
             raise UsageError(f'data set "{source}" is read from a folder; give a folder of this form:\n\n{form(source)}')
-        root, generator = out / "source", program(source)
-        write_once(module.generate, root, generator)
-        return Source(root, module.info(root), tuple(module.cases(root)), generator)
-    root = Path(source)
     name = recognise(root)
     module = find.load("dataset", name)
     if not hasattr(module, "unpack"):
@@ -204,8 +205,8 @@ def listing_problems(source: Source) -> list[Problem]:
 
 
 @functools.lru_cache(maxsize=1)
-def film(path: Path, modified: int) -> formats.Scan:
-    """What `formats.read` gives. The last file is kept: its frames are cases that follow each other."""
+def cine(path: Path, modified_ns: int) -> formats.Scan:
+    """A 4D file, kept until another is read: its frames are volumes, prepared one after the other."""
     array, affine = formats.read(path)
     array.flags.writeable = False
     return array, affine
@@ -227,10 +228,8 @@ def read_image(case: Case, info: DataInfo) -> tuple[NDArray[Any], NDArray[np.flo
     channels: list[NDArray[Any]] = []
     affine = None
     for path in case.images:
-        if case.frame is None:
-            array, its_affine = formats.read(path)
-        else:
-            array, its_affine = film(path, path.stat().st_mtime_ns if path.exists() else 0)
+        array, its_affine = formats.read(path) if case.frame is None else cine(path, path.stat().st_mtime_ns)
+        if case.frame is not None:
             array = of_frame(array, case.frame, path)
         if array.ndim != 3 + together or (together and array.shape[-1] != len(info.channels)):
             raise Problem(
@@ -295,7 +294,15 @@ def whole_numbers(values: NDArray[Any]) -> tuple[NDArray[np.unsignedinteger[Any]
         low, offset = 0.0, values.astype(np.uint8)
     else:
         offset = np.subtract(values, low, dtype=np.float64).astype(np.uint16)
-    return offset, int(low), [int(low) + int(n) for n in np.flatnonzero(np.bincount(offset.ravel(order="K")))]
+    return offset, int(low), [int(low) + int(n) for n in np.flatnonzero(occurring(offset))]
+
+
+def occurring(offset: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.bool_]:
+    """Which numbers occur, from 0 up; counted in pieces that stay in the cache, as bincount makes 8 bytes of each voxel."""
+    flat, seen = offset.ravel(order="K"), np.zeros(int(offset.max()) + 1, bool)
+    for start in range(0, len(flat), 1 << 16):
+        seen |= np.bincount(flat[start : start + (1 << 16)], minlength=len(seen)) > 0
+    return seen
 
 
 def class_ids(values: NDArray[Any], path: Path, info: DataInfo) -> NDArray[np.uint8]:

@@ -18,7 +18,8 @@ from medssl.platform.store import Store, VolumeRecord
 
 
 def record(volume, patient, labelled=True, part=None, phase=None, group=None, content=""):
-    return VolumeRecord(volume, patient, part, labelled, 4, 8, 8, 1, (1.0, 1.0, 1.0), phase, {}, "", None, group, content)
+    said = {"phase": phase, "geometry": {}, "digest": "", "group": group, "content": content}
+    return VolumeRecord(volume, patient, part, labelled, 4, 8, 8, 1, (1.0, 1.0, 1.0), **said)
 
 
 def store_of(records, root=Path("/nowhere")):

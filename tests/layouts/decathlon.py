@@ -13,7 +13,13 @@ def write(root: Path, task: str = "Task04_Hippocampus") -> list[Drawn]:
     channels, organs = TASKS[task]
     stem, ct = NAMES.get(task, task[7:].lower()), channels == ("CT",)
     spacing_mm = (0.625, 0.625, 3.6) if task == "Task05_Prostate" else (1.0, 1.0, 2.5)
-    said = {"name": stem, "tensorImageSize": "3D" if len(channels) == 1 else "4D", "numTraining": 3, "numTest": 1, "licence": "CC-BY-SA 4.0"}
+    said = {
+        "name": stem,
+        "tensorImageSize": "3D" if len(channels) == 1 else "4D",
+        "numTraining": 3,
+        "numTest": 1,
+        "licence": "CC-BY-SA 4.0",
+    }
     said |= {"modality": {str(k): name for k, name in enumerate(channels)}}
     said |= {"labels": {"0": "background"} | {str(k): name for k, name in enumerate(organs, 1)}}
     drawn = []
