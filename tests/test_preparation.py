@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medssl.platform import bias, body, catalogue, geometry, ingest
+from medssl.platform import bias, body, catalogue, geometry, ingest, quality
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.geometry import PRESETS, Preset
 from medssl.platform.records import DataInfo
@@ -410,7 +410,7 @@ def test_slices_are_left_out_of_training_alone_and_the_summary_says_how_many(tmp
     assert min(row["foreground"] for row in rows) >= 0.01
     back = geometry.restore(store.arrays("v0")[1], store.volumes[0].geometry)
     assert np.array_equal(back, nibabel.load(root / "labelsTr" / "v0.nii.gz").get_fdata())
-    assert ingest.check(store.root, workers=1) == []
+    assert quality.check(store.root, workers=1).errors == ()
     whole = ingest.prepare(write_scans(tmp_path / "unsplit"), tmp_path / "whole", workers=1, changes=changes)
     assert {record.slices for record in whole.volumes} == {8}, "any of them may come to be tested"
     with pytest.raises(RunError, match=r"no slice of it passes preset\.slice_content"):
