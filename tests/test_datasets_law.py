@@ -231,9 +231,7 @@ def test_real_sets_are_prepared_by_one_command_and_reassemble(data_root, tmp_pat
         low, high = store.preset.window or np.percentile(image, store.preset.percentiles)
         exact = np.clip((image[0] - low) / (high - low), 0, 1)
         stored = geometry.restore(pixels, record.geometry).astype(float) / 255
-        inside = (
-            geometry.restore(np.ones_like(pixels), record.geometry) == 1
-        )  # the foreground box: outside, nothing
+        inside = geometry.restore(np.ones_like(pixels), record.geometry) == 1  # the foreground box: outside, nothing
         assert np.all(exact[inside] - stored[inside] < 1 / 255 + 1e-6)
         assert np.all(exact[inside] - stored[inside] > -1e-4)
         assert np.all(exact[~inside] == 0)
