@@ -139,7 +139,12 @@ def data_prepare(
 
 @data_app.command("check")
 def data_check(source: str, as_json: Json = False, workers: Workers = None) -> None:
-    """Look at every scan and list all that is wrong, then all that is strange. Exit code 1 when something is wrong."""
+    """Look at every scan and list all that is wrong, then all that is strange. Exit code 1 when something is wrong.
+
+    Damaged and missing files, grids that differ, values that mean nothing, the same scan twice, patients in two parts; and as
+    warnings what is not annotated and what is far from the other volumes. The rules and the form of --json stand at the head
+    of platform/quality.py.
+    """
     from medssl.platform import catalogue
 
     report = catalogue.check(source, workers=workers, say=_aside)

@@ -92,7 +92,7 @@ def _telling(what: str, say: Say) -> Callable[[int, int, str], None]:
     return tell
 
 
-def check(source: str, workers: int | None, say: Say) -> "quality.Report":
+def check(source: str, workers: int | None, say: Say = lambda text: None) -> "quality.Report":
     """Everything that is wrong with or strange about the scans of a source, or a prepared set."""
     from medssl.platform import ingest, quality
 

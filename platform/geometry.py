@@ -336,12 +336,11 @@ class Scale:
         scale = Scale(lo, hi)
         if preset.zscore is None:
             return scale
-        moments = []
+        found = []
         for channel, x in zip(image, scale.unit(image, preset), strict=True):
-            chosen = inside if inside is not None else channel != 0 if preset.zscore == "nonzero" else ...
-            values = x[chosen].astype(np.float64)
-            moments.append((values.mean(), values.std()) if values.size else (0.0, 0.0))
-        mean, sd = np.asarray(moments, np.float32).T.reshape(2, -1, 1, 1, 1)
+            chosen = inside if inside is not None else channel != 0 if preset.zscore == "nonzero" else np.ones(x.shape, bool)
+            found.append(moments(x, chosen))
+        mean, sd = np.asarray(found, np.float32).T.reshape(2, -1, 1, 1, 1)
         if not (sd > 0).all():
             raise ValueError(
                 "the voxels that its z-score is taken of are one value; leave preset.zscore out, or widen the window"
@@ -369,6 +368,15 @@ class Scale:
         if inside is not None:
             scaled *= inside
         return scaled
+
+
+def moments(x: NDArray[np.float32], chosen: NDArray[np.bool_]) -> tuple[float, float]:
+    """Mean and standard deviation of the chosen voxels, in double precision, slice by slice for the memory's sake."""
+    planes = [x[..., k][chosen[..., k]] for k in range(x.shape[-1])]
+    count = max(sum(map(len, planes)), 1)
+    mean = sum(float(plane.sum(dtype=np.float64)) for plane in planes) / count
+    squares = sum(float(np.square(plane.astype(np.float64) - mean).sum()) for plane in planes)
+    return mean, float(np.sqrt(squares / count))
 
 
 def quantise(scaled: NDArray[np.float32], dtype: str) -> tuple[Image, dict[str, float]]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from medssl.platform import catalogue, find, geometry, ingest, scans, splits
 from medssl.platform.datasets import decathlon
-from medssl.platform.errors import UsageError
+from medssl.platform.errors import RunError, UsageError
 from medssl.platform.records import UNLABELLED
 from medssl.platform.store import Store, VolumeRecord
 from medssl.tests.layouts._scan import Drawn
@@ -151,6 +151,17 @@ def test_each_task_of_the_decathlon_is_known(tmp_path, task):
         np.testing.assert_array_equal(geometry.restore(label, record.geometry), one.label)
 
 
+def test_chaos_is_read_by_modality(tmp_path):
+    drawn = importlib.import_module("medssl.tests.layouts.chaos").write_ct(tmp_path / "CT")
+    found = scans.find_source(tmp_path / "CT", tmp_path)
+    assert (found.info.preset, found.info.classes) == ("ct", ("background", "liver"))
+    for case, one in zip(found.cases, drawn, strict=True):
+        assert case.volume == one.volume
+        np.testing.assert_array_equal(scans.read_case(case, found.info)[2], one.label)
+    with pytest.raises(RunError, match=r"labelled differently; give .*CT or .*MR instead"):
+        scans.find_source(tmp_path, tmp_path)
+
+
 def test_channels_and_classes_can_be_chosen(tmp_path):
     root = tmp_path / "Task05_Prostate"
     drawn = writer("decathlon")(root, "Task05_Prostate")
@@ -231,9 +242,7 @@ def test_real_sets_are_prepared_by_one_command_and_reassemble(data_root, tmp_pat
         low, high = store.preset.window or np.percentile(image, store.preset.percentiles)
         exact = np.clip((image[0] - low) / (high - low), 0, 1)
         stored = geometry.restore(pixels, record.geometry).astype(float) / 255
-        inside = (
-            geometry.restore(np.ones_like(pixels), record.geometry) == 1
-        )  # the foreground box: outside, nothing
+        inside = geometry.restore(np.ones_like(pixels), record.geometry) == 1  # the foreground box: outside, nothing
         assert np.all(exact[inside] - stored[inside] < 1 / 255 + 1e-6)
         assert np.all(exact[inside] - stored[inside] > -1e-4)
         assert np.all(exact[~inside] == 0)

@@ -404,7 +404,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 
 def test_a_data_set_that_needs_its_folder_says_so(tmp_path):
-    with pytest.raises(UsageError, match='data set "decathlon" reads a folder of scans; give the folder instead of the name'):
+    with pytest.raises(UsageError, match='data set "decathlon" is read from a folder; give a folder of this form'):
         ingest.prepare("decathlon", tmp_path / "store")
 
 

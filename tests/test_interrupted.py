@@ -76,10 +76,10 @@ for how in [{"die_at": at} for at in chosen] + [{"half": k} for k in (*moments.s
     answers[-1] += [again == 0 and state() == undisturbed and not list(out.glob(".[!l]*"))]
 shutil.rmtree(out)
 deaths = 0
-while (ended := run(die_at=moments.randrange(20, 60))[0]) != 0:  # a machine that keeps killing it
+while (ended := run(die_at=moments.randrange(20, 160))[0]) != 0:  # a machine that keeps killing it
     deaths += 1
     assert deaths < 99
-answers.append([f"{deaths} deaths", -9 if deaths > 2 else 0, True, state() == undisturbed])
+answers.append([f"{deaths} deaths", -9 if deaths > 1 else 0, True, state() == undisturbed])
 print(json.dumps(answers))
 """
 

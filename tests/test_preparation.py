@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medssl.platform import bias, body, catalogue, geometry, ingest
+from medssl.platform import bias, body, catalogue, geometry, ingest, quality
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.geometry import PRESETS, Preset
 from medssl.platform.records import DataInfo
@@ -410,7 +410,7 @@ def test_slices_are_left_out_of_training_alone_and_the_summary_says_how_many(tmp
     assert min(row["foreground"] for row in rows) >= 0.01
     back = geometry.restore(store.arrays("v0")[1], store.volumes[0].geometry)
     assert np.array_equal(back, nibabel.load(root / "labelsTr" / "v0.nii.gz").get_fdata())
-    assert ingest.check(store.root, workers=1) == []
+    assert quality.check(store.root, workers=1).errors == ()
     whole = ingest.prepare(write_scans(tmp_path / "unsplit"), tmp_path / "whole", workers=1, changes=changes)
     assert {record.slices for record in whole.volumes} == {8}, "any of them may come to be tested"
     with pytest.raises(RunError, match=r"no slice of it passes preset\.slice_content"):
@@ -511,3 +511,22 @@ def test_the_time_left_is_reckoned_from_what_this_run_has_done(monkeypatch):
         "preparing x: 100 of 100 volumes",
         "preparing x: 1 of 9 slice files",
     ]
+
+
+@pytest.mark.parametrize("name", ["Task04_Hippocampus", "SunnybrookLV", "TotalSegSamples"])
+def test_real_scans_come_back_within_the_stated_rounding_and_their_labels_exactly(data_root, tmp_path, name):
+    root = tmp_path / "scans"
+    for image in sorted((data_root / name / "imagesTr").glob("*.nii.gz"))[:3]:
+        for folder in ("imagesTr", "labelsTr"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            (root / folder / image.name).symlink_to(data_root / name / folder / image.name)
+    said = json.loads((data_root / name / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(said | {"training": [], "test": []}))
+    store = ingest.prepare(root, tmp_path / "store", workers=1, changes={"spacing_mm": None, "foreground_box": False})
+    for record in store.volumes:
+        scan, label = (nibabel.load(root / f / f"{record.volume}.nii.gz").get_fdata() for f in ("imagesTr", "labelsTr"))
+        image, stored = store.arrays(record.volume)
+        assert np.array_equal(geometry.restore(stored, record.geometry), label)
+        low, high = store.preset.window or np.percentile(scan, store.preset.percentiles)
+        apart = np.clip((scan - low) / (high - low), 0, 1) - geometry.restore(image[:, 0], record.geometry) / 255
+        assert np.abs(apart).max() <= store.quantisation["max"] + 1e-5

@@ -1,4 +1,4 @@
-"""AMOS22: abdominal CT (500) and MR (100) of one hospital group each, fifteen organs.
+"""AMOS22: abdominal CT (500 scans) and MR (100), fifteen organs.
 
     amos22/
       dataset.json

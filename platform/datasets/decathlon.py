@@ -236,8 +236,8 @@ def case(
             raise RunError(f"{root / 'cases.json'}: does not say whose volume {volume} is; add it, with its patient")
         return Case(volume, volume, paths, label, part)
     patient = entry.get("patient", entry.get("subject"))
-    strata = {key: None if entry.get(key) is None else str(entry[key]) for key in ("phase", "site", "group")}
-    return Case(str(patient), volume, paths, label, entry.get("split") or part, **strata)
+    phase, site, group = (None if entry.get(key) is None else str(entry[key]) for key in ("phase", "site", "group"))
+    return Case(str(patient), volume, paths, label, entry.get("split") or part, phase, site, group)
 
 
 def splits(root: Path) -> Iterator[Split]:

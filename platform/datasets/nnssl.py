@@ -90,5 +90,5 @@ def cases(root: Path) -> Iterator[Case]:
     for dataset, subject, session, image in entries(root):
         patient, file = f"{dataset}_{subject}", str(image["image_path"])
         name = str(image.get("name") or Path(file).name).removesuffix(".gz").removesuffix(".nii")
-        kind = "ct" if is_ct(image) else "mr"
-        yield Case(patient, f"{patient}_{session}_{name}", (located(root, file),), phase=image.get("modality"), modality=kind)
+        volume, path, phase = f"{patient}_{session}_{name}", located(root, file), image.get("modality")
+        yield Case(patient, volume, (path,), phase=phase, modality="ct" if is_ct(image) else "mr")

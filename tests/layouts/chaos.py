@@ -50,3 +50,18 @@ def write(root: Path) -> list[Drawn]:
             volume = f"mr_{person:02d}_{phase.replace(' ', '-')}"
             drawn.append(Drawn(volume, f"mr_{person:02d}", label if person < 13 else None, phase=phase))
     return drawn
+
+
+def write_ct(root: Path) -> list[Drawn]:
+    """Two people of the CT part, whose labels are bilevel pictures named otherwise than the slices."""
+    drawn = []
+    for person in (2, 10):
+        image, label = scan(person, 2, ct=True)
+        above = root / str(person)
+        (above / "Ground").mkdir(parents=True)
+        for k in range(image.shape[2]):
+            z = image.shape[2] - 1 - k
+            slice_file(above / "DICOM_anon" / f"i{k:04d}.dcm", image[..., z].T, 3.0 * z, f"1.2.4.{person}")
+            Image.fromarray(label[..., z].T.astype(bool)).save(above / "Ground" / f"liver_GT_{k:03d}.png")
+        drawn.append(Drawn(f"ct_{person:02d}", f"ct_{person:02d}", label))
+    return drawn
