@@ -112,33 +112,104 @@ def data_list(as_json: Json = False) -> None:
 
 @data_app.command("prepare")
 def data_prepare(
-    source: Annotated[str, typer.Argument(help="A data set's name, or a folder of scans.")],
-    preset: Annotated[str | None, typer.Option(help="How to prepare: ct or mr; default: what the data set says.")] = None,
+    source: Annotated[str, typer.Argument(help="A data set's name, a folder of scans, or a new name for --images.")],
+    images: Annotated[Path | None, typer.Option(help="Your own scans: NIfTI, DICOM, pictures.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Their labels, under the same names.")] = None,
+    datalist: Annotated[Path | None, typer.Option(help="A MONAI datalist instead, its paths below --images or itself.")] = None,
+    subject_regex: Annotated[
+        str | None, typer.Option(help="What in a scan's path says whose it is: '(p[0-9]+)'; default: each its own.")
+    ] = None,
+    classes: Annotated[str, typer.Option(help="What the ids 1, 2 … of --labels are: liver,spleen.")] = "foreground",
+    stacks: Annotated[bool, typer.Option("--stacks", help="A folder of pictures below --images is one volume.")] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="How to prepare: a name that data list shows; default: what the data set says.")
+    ] = None,
     override: Annotated[list[str] | None, typer.Option("-o", help="One field of the preset: spacing_mm=[1,1,1].")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split by patients.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare anew where another preparation lies.")] = False,
     workers: Workers = None,
+    name: Annotated[str | None, typer.Option(help="What the prepared set is called; default: the folder's name.")] = None,
 ) -> None:
     """Read volumes, resample, normalise, and store their slices with a split by patients."""
     from medssl.platform import catalogue
 
+    if images or datalist:
+        paths = {"images": images, "labels": labels, "datalist": datalist}
+        said = {key: None if path is None else str(path.resolve()) for key, path in paths.items()}
+        more = {"subject_regex": subject_regex, "classes": tuple(classes.split(",")), "stacks": stacks}
+        catalogue.remember(name or source, overwrite, **said, **more)
+        source = name or source
+    elif labels or subject_regex:
+        raise UsageError("--labels and --subject-regex belong to --images or --datalist; say where the scans are")
     changes = dict(map(catalogue.preset_change, override or []))
     store = catalogue.prepare(
-        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, say=_aside
+        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, name=name, say=_aside
     )
     typer.echo(catalogue.summary(store))
 
 
 @data_app.command("check")
 def data_check(source: str, as_json: Json = False, workers: Workers = None) -> None:
-    """Look at every scan and report all that is wrong. Exit code 1 when something is."""
+    """Look at every scan and list all that is wrong, then all that is strange. Exit code 1 when something is wrong.
+
+    Damaged and missing files, grids that differ, values that mean nothing, the same scan twice, patients in two parts; and as
+    warnings what is not annotated and what is far from the other volumes. The rules and the form of --json stand at the head
+    of platform/quality.py.
+    """
     from medssl.platform import catalogue
 
-    problems = catalogue.check(source, workers=workers)
-    text = "\n".join(f"{problem.file}: {problem.what}" for problem in problems) or "no problem found"
-    _print([{"file": str(problem.file), "what": problem.what} for problem in problems], as_json, text)
-    if problems:
+    report = catalogue.check(source, workers=workers, say=_aside)
+    _print(report.as_json(), as_json, report.describe())
+    if report.errors:
         raise typer.Exit(1)
+
+
+@data_app.command("split")
+def data_split(
+    source: str,
+    name: Annotated[str, typer.Argument(help="A rule, or a file; see above.")] = "seed-0",
+    as_json: Json = False,
+) -> None:
+    """Draw a split of a prepared set by its name, keep it, and show its patients. Trainings take it as -o data.split=NAME.
+
+    \b
+    seed-N               0.7, 0.1 and 0.2 of the labelled patients train, select and test
+    fold-I-of-K-seed-N   tests on the I-th (from 0) of K folds, which together are all labelled patients
+    …-by-site            the same, every site shared out in proportion; also -by-group, -by-phase
+    official             the parts that the data set publishes
+    FILE.json            {"train": [...], "val": [...], "test": [...]}: names of patients or volumes
+    FILE.csv             the same as columns patient (or volume) and part
+    """
+    from medssl.platform import catalogue
+
+    split = catalogue.split(catalogue.open_store(source, say=_aside), name)
+    parts = {part: list(getattr(split, part)) for part in ("train", "val", "test", "labelled")}
+    lines = [f"{part} ({len(patients)}): {', '.join(patients)}" for part, patients in parts.items()]
+    _print({"name": split.name, **parts}, as_json, "\n".join([f"split {split.name}", *lines]))
+
+
+@data_app.command("card")
+def data_card(
+    source: str,
+    output: Annotated[
+        str, typer.Option("--format", help="html, with its pictures inside, or md, with them beside it.")
+    ] = "html",
+    out: Annotated[Path | None, typer.Option(help="The file; default: card.html or card.md in the set's folder.")] = None,
+) -> None:
+    """Write what a prepared set holds: counts, spacings, intensities, classes, sample slices, licence, quality, hashes."""
+    from medssl.platform import card, catalogue
+
+    typer.echo(str(card.write(catalogue.open_store(source, say=_aside), output, out)))
+
+
+@data_app.command("download")
+def data_download(name: Annotated[str, typer.Argument(help="A data set that lies open, such as Task04_Hippocampus.")]) -> None:
+    """Fetch and unpack a data set that lies open. Typed again, it goes on; of others it tells the page to register at."""
+    from medssl.platform import download
+    from medssl.platform.site import Site
+
+    path = download.download(name, Site.here().data / "downloads", say=_aside)
+    typer.echo(f"{path}\nnext: medssl data prepare {path}")
 
 
 @data_app.command("show")
@@ -215,7 +286,7 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="A fine-tuning's id.")],
-    files: Annotated[list[Path], typer.Argument(help="NIfTI volumes.")],
+    files: Annotated[list[Path], typer.Argument(help="Scans: NIfTI, MetaImage, NRRD, DICOM folders, pictures.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the predicted label volumes.")],
 ) -> None:
     """Segment volumes; each answer lies in its input's own geometry."""
@@ -381,12 +452,14 @@ def report(
 @app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Files of platform/benches/; default: all.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("-o", help="One setting of the bench named: volumes=500.")] = None,
     as_json: Json = False,
 ) -> None:
     """Speed as ratios: ours and a named rival in one run."""
     from medssl.platform import bench as benches
+    from medssl.platform.config import override
 
-    rows = benches.run(names or [], say=_aside)
+    rows = benches.run(names or [], say=_aside, changes=dict(map(override, overrides or [])))
     _print([row.as_dict() for row in rows], as_json, benches.describe(rows))
 
 

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from medssl.methods import augment, crops, deform, gather, settings
+from medssl.methods import augment, colour, crops, deform, gather, settings
 from medssl.methods.augment import Pair
 from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import UNLABELLED, Batch, Loss, Method, Step, Views
@@ -52,7 +52,7 @@ SMOOTH = 1e-5  # ε: a class absent from prediction and label has Dice 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(settings.Chain, settings.Deformation):
+class Config(settings.Chain, settings.Deformation, settings.Pictures):
     side: int | None = None  # pixels of a crop; None: 96, or less where the slices are smaller
     crops: int = 2  # per slice and step
     balanced: bool = True  # centre a crop on foreground or background, each half of the time; else anywhere
@@ -251,6 +251,8 @@ class Segment(nn.Module):
         images, labels = augment.labelled_view(image, label, corner, side, self.config, rng, extent)
         if self.config.affine_p or self.config.elastic_p:
             images, labels = deform.deformed(images, labels, self.config, rng)
+        if self.config.warp_p or self.config.colour_p:
+            images, labels = colour.varied(images, labels, self.config, rng)
         views = Views([images], [corner], [torch.full_like(corner, side) if extent is None else extent], labels)
         pair: Any = self._pair(batch, side, rng) if self.fed else None
         drawn = {name: dict(hook.draw(pair, rng)) for name, hook in self.active.items()}

@@ -142,6 +142,35 @@ class Deformation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Warps and changes of colour of labelled pictures, off unless asked for (see `colour.py`); numbers are PDCR's."""
+
+    warp_p: float = 0.0  # of a picture to be warped (source: 1)
+    warp_scale: tuple[float, float] = (0.8, 1.2)  # of columns and rows, each its own
+    warp_shift: float = 0.1  # of columns and rows, each its own, uniform in ± this share of the side
+    warp_rotation: float = 90.0  # degrees, uniform in ±
+    warp_shear: float = 20.0  # degrees, uniform in ±
+    colour_p: float = 0.0  # of a picture of three channels to change its colours (source: 1)
+    hue: float = 50 / 255  # share of the circle, uniform in ±
+    saturation: float = 50 / 255  # added, uniform in ±
+    brightness: float = 0.0  # added to the value, uniform in ±
+
+    def __post_init__(self) -> None:
+        if not all(0 <= p <= 1 for p in (self.warp_p, self.colour_p)):
+            raise ValueError(f"warp_p is {self.warp_p} and colour_p {self.colour_p}: a probability lies in [0, 1]")
+        if not 0 < self.warp_scale[0] <= self.warp_scale[1] or not 0 <= self.warp_shear < 45:
+            raise ValueError(
+                f"warp_scale {self.warp_scale}: expected 0 < low <= high; warp_shear {self.warp_shear}: 0 to below 45"
+            )
+        ranges = (self.warp_shift, self.warp_rotation, self.hue, self.saturation, self.brightness)
+        if min(ranges) < 0:
+            raise ValueError(f"warp_shift, warp_rotation, hue, saturation, brightness are {ranges}: each at least 0")
+        super_check = getattr(super(), "__post_init__", None)
+        if super_check:
+            super_check()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelfDistillation(PairCrops, Chain):
     """Views, head and teacher of DINO (see `dino.py`) and of what is built on it."""
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from medssl.methods.settings import UAFS, Training, Unlabelled
+from medssl.methods.settings import UAFS, Deformation, Pictures, Training, Unlabelled
 from medssl.platform import find
 from medssl.platform.errors import UsageError
 
@@ -39,7 +39,7 @@ class Data:
     labelled_slices: int | None = None  # of their slices; None: all
     draw: int = 0  # which order labelled patients are taken in; 0: the split's own
     draws: int = 1  # an arm's repeat number i takes them in order draw + i modulo this: its repeats differ in their labels, too
-    split: str = "seed-0"  # a file of the prepared set's splits/; seed-N is drawn by patients on first use
+    split: str = "seed-0"  # a rule (fold-0-of-5-seed-0, `medssl data split --help`), or a file
     stream: Literal["auto", "node", "ray"] = "auto"  # one copy in memory per node, or streamed from disk by Ray Data
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class Experiment:
                 return None
             training = {"training": dataclasses.asdict(value.training)} if value.training else {}
             selective = {"uafs": dataclasses.asdict(value.uafs)} if value.uafs else {}  # else ids are as before
-            return {"name": value.name, **dataclasses.asdict(value.settings), **training, **selective}
+            return {"name": value.name, **_asked(value.settings), **training, **selective}
 
         semi: dict[str, Any] = {"further": part(self.further)} if self.further else {}
         if self.hooks:  # what has none reads as before there were any
@@ -350,6 +350,18 @@ def _refuse_encoder(section: str, method: str, network: str) -> None:
             f"{section}.name={method} cannot train the encoder of network.name={network}, only that of "
             f"{' or '.join(encoders)}; add -o network.name={encoders[0]}"
         )
+
+
+def _asked(settings: Any) -> dict[str, Any]:
+    """Settings without those of an augmentation that is off: stages that do not use it are named as before there was any."""
+    off = {
+        field
+        for kind in (Deformation, Pictures)
+        if isinstance(settings, kind)
+        and not any(getattr(settings, key) for key in kind.__dataclass_fields__ if key.endswith("_p"))
+        for field in kind.__dataclass_fields__
+    }
+    return {key: value for key, value in dataclasses.asdict(settings).items() if key not in off}
 
 
 def _part(kind: str, section: str, tree: Any) -> Part:

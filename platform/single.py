@@ -142,7 +142,7 @@ def describe(summary: dict[str, Any]) -> str:
     width = max(map(len, [*test["by_class"]["dice"], "mean"])) if "dice" in test["by_class"] else 20
     lines = [f"{summary['run']} on the test patients of {summary['data']}"]
     lines.append(" ".join([" " * width, *(f"{name:>10}" for name in names)]))
-    classes = list(test["by_class"][names[0]]) if names else []
+    classes = list(test["by_class"].get("dice") or (test["by_class"][names[0]] if names else {}))
     for label in classes:
         values = (test["by_class"][name].get(label, float("nan")) for name in names)
         lines.append(" ".join([f"{label:<{width}}", *(f"{value:10.3f}" for value in values)]))
@@ -207,6 +207,6 @@ def predict(name: str, files: Sequence[Path], out: Path, *, say: Say) -> list[Pa
         files,
         out,
         **stages.inference(experiment),
-        channels=store.channels,
+        channels=store.channels // store.preset.depth,  # of the scan: neighbouring slices come with it
         progress=say,
     )
