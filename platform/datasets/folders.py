@@ -152,9 +152,8 @@ def of_folders(said: Where) -> Iterator[Case]:
     images = found_in(Path(said.images or ""), said.stacks)
     labels: dict[str, Path] = {}
     for label in found_in(Path(said.labels), said.stacks) if said.labels else []:
-        key = Path(said.labels or "").name if label.key == Path(said.images or "").name else label.key
         if labels.setdefault(label.key, label.path) != label.path:
-            raise RunError(f"{label.path}: a second label for {key}, beside {labels[label.key].name}; remove one")
+            raise RunError(f"{label.path}: a second label for {label.key}, beside {labels[label.key].name}; remove one")
     strangers = sorted(labels.keys() - {image.key for image in images})
     if strangers:
         raise RunError(
