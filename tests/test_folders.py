@@ -47,11 +47,7 @@ def test_pairs_are_found_by_path_and_the_set_by_its_name_ever_after(tmp_path, da
         record = next(record for record in store.volumes if record.volume == volume)
         assert np.array_equal(ingest.geometry.restore(store.arrays(volume)[1], record.geometry), label)
     assert catalogue.prepare("own", workers=1, say=lambda line: None) == store
-<<<<<<< HEAD
-    assert catalogue.check("own", workers=1).errors == ()
-=======
     assert catalogue.check("own", workers=1, say=print).volumes == 6  # the scans themselves, found again
->>>>>>> scans
     assert catalogue.open_store("own", say=print) == Store.open(data / "own")
     with pytest.raises(UsageError, match="was prepared from other folders or classes; prepare it anew with --overwrite"):
         prepared("own", **where)
