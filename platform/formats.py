@@ -181,6 +181,8 @@ def read_picture(path: Path, *, ids: bool = False) -> Scan:
             with Image.open(path, formats=("PNG", "JPEG", "BMP", "TIFF")) as image:
                 if path.suffix.lower().startswith(".tif") and getattr(image, "n_frames", 1) > 1:
                     raise Problem(path, "a TIFF of several pages; expected one picture; save each page as a file of its own")
+                if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile):
+                    raise Problem(path, "16 bits per colour, which would be cut to 8; save it with 8 bits per colour")
                 array = pixels(path, image if image.getexif().get(274, 1) == 1 else ImageOps.exif_transpose(image), ids)
         except Problem:
             raise
@@ -193,8 +195,6 @@ def read_picture(path: Path, *, ids: bool = False) -> Scan:
 
 def pixels(path: Path, image: "Image", ids: bool) -> NDArray[Any]:
     """(rows, columns) or (rows, columns, 3). Raises Problem where the picture's mode has no one meaning."""
-    if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile):
-        raise Problem(path, "16 bits per colour, which would be cut to 8; save it with 8 bits per colour")
     if "transparency" in image.info and not ids:
         raise Problem(path, "some of its colours are transparent; save it without transparency")
     if image.mode in ("LA", "RGBA"):

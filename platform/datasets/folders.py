@@ -207,22 +207,20 @@ def info(root: Path | None) -> DataInfo:
     if root is None:
         return DataInfo("folders", ("background", "foreground"), licence=LICENCE, preset="mr")
     said = where(root)
-    first = next(cases(root), None)
-    if first is None:
-        raise RunError(f"{said.images or said.datalist}: holds no scan; expected {', '.join(formats.ENDINGS)} or DICOM")
+    found = [] if said.datalist else found_in(Path(said.images or ""), said.stacks)
+    images = next(of_datalist(said)).images if said.datalist else tuple(each.path for each in found[:1])
+    if not images:
+        raise RunError(f"{said.images}: holds no scan; expected {', '.join(formats.ENDINGS)} or DICOM")
     changes: dict[str, Any] = {}
-    image, preset, channels = first.images[0], "mr", tuple(f"channel {n}" for n in range(len(first.images)))
-    if formats.ending(image) in formats.PICTURES or formats.is_stack(image):
+    preset, channels = "mr", ("image",) if len(images) == 1 else tuple(f"channel {n}" for n in range(len(images)))
+    if formats.ending(images[0]) in formats.PICTURES or formats.is_stack(images[0]):
         preset = "picture"
-        array, _ = formats.read(image)
+        array, _ = formats.read(images[0])
         channels = ("red", "green", "blue") if array.ndim == 4 else ("grey",)
         if array.dtype != np.uint8:  # 12 or 16 bits: from each picture's own lowest grey to its highest
             changes = {"window": None, "percentiles": (0.0, 100.0)}
-    elif len(channels) == 1:
-        channels = ("image",)
-        found = [] if said.datalist else found_in(Path(said.images or ""), said.stacks)
-        if found and all(each.modality == "CT" for each in found):
-            preset, channels = "ct", ("CT",)
+    elif found and all(each.modality == "CT" for each in found):
+        preset, channels = "ct", ("CT",)
     pictures = preset == "picture" and len(said.classes) == 1
     return DataInfo(
         name=said.name,
