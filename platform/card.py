@@ -65,7 +65,7 @@ def count(store: Store) -> Counted:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(64, columns=["volume", "image", "label"]):
             for volume, image, label in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 values = np.frombuffer(image, dtype)
-                intensities += np.histogram(np.clip(values.astype(np.float32), low, high), edges)[0]
+                intensities += np.histogram(np.clip(values.astype(np.float32), low, high), BINS, (low, high))[0]
                 if label is not None:
                     counts = np.bincount(np.frombuffer(label, np.uint8), minlength=256)
                     pixels += counts
@@ -102,10 +102,10 @@ def tables(store: Store, counted: Counted) -> list[Table]:
     tolerance = ["–", *(store.tolerance_mm or [2.0] * (len(store.classes) - 1))]
     counts = zip(counted.volumes.tolist(), counted.slices.tolist(), counted.pixels.tolist(), strict=True)
     classes = [
-        [number, store.classes[number], volumes, slices, f"{pixels / annotated:.4%}", tolerance[number]]
+        [number, store.classes[number], volumes, slices, 100 * pixels / annotated, tolerance[number]]
         for number, (volumes, slices, pixels) in enumerate(counts)
     ]
-    head = ["id", "class", "volumes with it", "slices with it", "of the annotated pixels", "NSD tolerance, mm"]
+    head = ["id", "class", "volumes with it", "slices with it", "% of the annotated pixels", "NSD tolerance, mm"]
     found.append(Table("Classes", head, classes))
 
     drawn = [_split_row(store, file.stem) for file in sorted((store.root / "splits").glob("*.json"))]
@@ -228,7 +228,7 @@ def html(store: Store, tables: Sequence[Table], pictures: Sequence[Picture], che
 def _shown(cell: str | int | float) -> tuple[str, float | None]:
     """A cell's text, and what it is sorted by."""
     if isinstance(cell, str):
-        return cell, float(cell[:-1]) if cell.endswith("%") else None
+        return cell, None
     return f"{cell:,}" if isinstance(cell, int) else f"{cell:g}", float(cell)
 
 

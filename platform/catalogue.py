@@ -59,8 +59,10 @@ def prepare(
         progress=_telling(f"preparing {name}", say),
         map_unordered=ingest.in_processes,
     )
-    missing = []
-    for each in scans.published(Path(source)) if Path(source).is_dir() else []:
+    missing, read = [], scans.folder_of(source)
+    if read and (others := scans.left_out(read, preset)):
+        say(f"{others} scans left out: the preset is not for their modality; prepare them by --preset ct or mr, and a --name")
+    for each in scans.published(read) if read else []:
         try:
             splits.save(each, store)
         except UsageError as error:  # not all of the published patients are in this folder

@@ -135,10 +135,25 @@ def form(name: str) -> str:
     return (tree[0].rstrip() if tree else "") + (f"\n\nobtain it from {obtain}" if obtain else "")
 
 
+def folder_of(source: str) -> Path | None:
+    """The folder that a source is read from; None where it is the name of a data set that writes its scans, or no folder."""
+    writes = source in find.names("dataset") and hasattr(find.load("dataset", source), "generate")
+    return None if writes or not Path(source).is_dir() else Path(source)
+
+
 def published(root: Path) -> list[Split]:
     """The splits of a folder's data set that papers publish."""
     module = find.load("dataset", recognise(root))
     return list(module.splits(root)) if hasattr(module, "splits") else []
+
+
+def left_out(root: Path, preset: str | None) -> int:
+    """How many scans of a folder a named preset is not made for: `Source.suiting`."""
+    module = find.load("dataset", recognise(root))
+    if hasattr(module, "unpack"):
+        return 0
+    every = Source(root, module.info(root), tuple(module.cases(root)))
+    return len(every.cases) - len(every.suiting(preset).cases)
 
 
 def find_source(source: str | Path, out: Path) -> Source:

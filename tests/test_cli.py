@@ -115,6 +115,8 @@ def test_a_whole_data_set_is_prepared_checked_shown_and_listed(typed, tmp_path):
     code, out, _ = typed("data", "show", root, "--out", tmp_path / "slices.png")
     assert code == 0
     assert (tmp_path / "slices.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = typed("data", "card", root, "--out", tmp_path / "card.html")
+    assert (code, "Sample slices" in (tmp_path / "card.html").read_text()) == (0, True)
     code, out, _ = typed("data", "list", "--json")
     assert json.loads(out)["prepared"]["blobs"]["volumes"] == 4
 
@@ -150,6 +152,8 @@ def test_another_preset_is_refused_where_one_lies_already(typed, tmp_path):
 
 
 WRONG = {
+    "a data set that is not open": (("data", "download", "acdc"), "acdc has no open, direct source: get it at https://humanheart"),
+    "an unknown download": (("data", "download", "Task04_Hipocampus"), "did you mean Task04_Hippocampus?"),
     "an unknown method": (("pretrain", "simsaim"), "did you mean simsiam?"),
     "an unknown space": (("sweep", "iou-intervals"), "did you mean iou-interval?"),
     "an unknown key": (("pretrain", "simsiam", "-o", "pretrain.iuo=1"), "did you mean iou?"),

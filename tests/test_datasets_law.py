@@ -186,6 +186,13 @@ def test_a_preset_for_the_other_modality_is_refused_where_only_one_is_there(mini
         ingest.prepare(miniatures["mmwhs"][0] / "mr_train", tmp_path, preset="ct", workers=1)
 
 
+def test_scans_of_the_other_modality_are_left_out_aloud(miniatures, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDSSL_DATA", str(tmp_path))
+    told = []
+    catalogue.prepare(str(miniatures["mmwhs"][0]), workers=1, say=told.append)
+    assert any(line.startswith("4 scans left out") for line in told)
+
+
 def test_published_splits_that_fit_are_in_the_prepared_set(tmp_path, monkeypatch):
     """Of a folder with fewer patients than the paper had, those splits are kept whose patients are all there."""
     monkeypatch.setenv("MEDSSL_DATA", str(tmp_path / "data"))
