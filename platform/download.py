@@ -150,17 +150,17 @@ def _continue(url: str, part: Path, tell: Callable[[int, int | None], None]) -> 
         answer = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # beyond its end: the part is whole, or of something else
-            total = error.headers.get("Content-Range", "").rpartition("/")[2]
-            if total == str(have):
+            if error.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
                 return True
             part.unlink()
         raise
     with answer:
-        length = answer.headers.get("Content-Length")
+        length = answer.headers.get("Content-Length", "")
         if answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            total = int(answer.headers["Content-Range"].rpartition("/")[2])
+            length = answer.headers["Content-Range"].rpartition("/")[2]
         else:
-            have, total = 0, None if length is None else int(length)
+            have = 0
+        total = int(length) if length.isdecimal() else None  # "*": the server does not know
         _room_for(part, (total or 0) - have)
         atomic.write_text(_origin(part), answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
         with open(part, "ab" if have else "wb") as file:

@@ -268,7 +268,8 @@ def from_file(path: Path, store: Store) -> Split:
     if order is not None:
         labelled = list(dict.fromkeys(owner.get(name, name) for name in order))
     mark = hashlib.sha256(json.dumps([parts, labelled]).encode()).hexdigest()[:8]
-    split = Split(f"{path.stem}-{mark}", *(tuple(parts[part]) for part in PARTS), tuple(labelled))
+    train, val, test = (tuple(parts[part]) for part in PARTS)
+    split = Split(f"{path.stem}-{mark}", train, val, test, tuple(labelled))
     verify(split, store)
     return split
 
