@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from medssl.platform import atomic
 from medssl.platform.errors import RunError
@@ -29,6 +29,10 @@ EVERY = 120.0  # seconds between two uploads of a running stage: what a machine 
 AT_ONCE = 8  # files on their way
 LIGHT = ("run.json", "done.json", "log.txt", "probe.json", "progress.json")  # what listings and leaderboards read of a stage
 OWN = (".lock", "study.db-journal")  # of one machine
+
+
+def _fill(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ class Mirror:
             with files.open_input_stream(entry.path) as source:
                 content = source.read()
             here = self._local(entry)
-            atomic.write(here, lambda file, content=content: file.write(content), durable=False)
+            atomic.write(here, functools.partial(_fill, content), durable=False)
             os.utime(here, ns=(entry.mtime_ns, entry.mtime_ns))
 
     def _push(self, paths: Iterable[Path]) -> None:

@@ -152,7 +152,10 @@ def test_another_preset_is_refused_where_one_lies_already(typed, tmp_path):
 
 
 WRONG = {
-    "a data set that is not open": (("data", "download", "acdc"), "acdc has no open, direct source: get it at https://humanheart"),
+    "a data set that is not open": (
+        ("data", "download", "acdc"),
+        "acdc has no open, direct source: get it at https://humanheart",
+    ),
     "an unknown download": (("data", "download", "Task04_Hipocampus"), "did you mean Task04_Hippocampus?"),
     "an unknown method": (("pretrain", "simsaim"), "did you mean simsiam?"),
     "an unknown space": (("sweep", "iou-intervals"), "did you mean iou-interval?"),

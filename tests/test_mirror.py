@@ -160,7 +160,8 @@ def test_a_uri_is_a_local_copy_and_a_remote_store(monkeypatch, tmp_path):
 
 
 SMALL = [
-    "network.width=4", "network.levels=2", "pretrain.side=16", "pretrain.d=8", "pretrain.bottleneck=4", "pretrain.training.steps=9",
+    "network.width=4", "network.levels=2", "pretrain.side=16", "pretrain.d=8", "pretrain.bottleneck=4",
+    "pretrain.training.steps=9",
     "pretrain.training.batch=8", "resources.checkpoint_seconds=0",
 ]  # fmt: skip
 TUNE = [

@@ -1,9 +1,9 @@
 """What scheduling costs a sweep of up to 1,000 arms on 64 nodes: its makespan against one without gaps and without costs.
 
 Simulated: no stage runs, and no Ray. The searcher, its Optuna study on disk and the rule that says how many trials run at a
-time are those of a sweep, and decide in virtual time: each of their calls is charged to the one driver with the seconds it really
-took here. Each trial is charged 0.3 s of the driver more, which `bench sweep` holds Ray Tune to on two cores. What remains are
-places that stand empty: while the driver is busy, while a search waits for scores, and at the end.
+time are those of a sweep, and decide in virtual time: each of their calls is charged to the one driver with the seconds it
+really took here. Each trial is charged 0.3 s of the driver more, which `bench sweep` holds Ray Tune to on two cores. What
+remains are places that stand empty: while the driver is busy, while a search waits for scores, and at the end.
 
 A chain takes a lognormal time about 40 minutes for its pretraining and 8 for each of two fine-tunings (deviation a quarter), a
 node one at a time. The ideal is the work shared evenly among all places, or the longest chain if that takes longer. Nodes that
