@@ -344,28 +344,31 @@ def robust_z(values: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
 
 def outliers(measured: Sequence[Measured], channels: Sequence[str]) -> list[Finding]:
     """Volumes whose intensities or spacings are far from the others'."""
-    found = []
-
-    def compare(kind: str, those: Sequence[Measured], values: NDArray[np.float64], floor: float, said: str) -> None:
-        middle = float(np.median(values))
-        for each, value, z in zip(those, values, robust_z(values, floor), strict=True):
-            if abs(z) > FAR:
-                what = f"{said} is {value:.4g}, where the volumes' median is {middle:.4g} (robust z {z:+.0f}); look at it"
-                found.append(Finding("warning", kind, each.file, what, each.volume, each.patient))
-
+    found = list[Finding]()
     spaced = [each for each in measured if each.spacing_mm]
     if len(spaced) >= FEWEST:
         for axis, name in enumerate(("left-right", "back-front", "feet-head")):
             sides = np.array([each.spacing_mm[axis] for each in spaced])  # type: ignore[index]
-            compare("spacing", spaced, sides, FLOOR * float(np.median(sides)), f"its {name} voxel side in mm")
+            middle = float(np.median(sides))
+            for each, side, far in zip(spaced, sides, robust_z(sides, FLOOR * middle), strict=True):
+                if abs(far) > FAR:
+                    what = f"its {name} voxel side in mm is {side:.4g}, where the volumes' median is {middle:.4g} (robust z "
+                    found.append(
+                        Finding("warning", "spacing", each.file, f"{what}{far:+.0f}); look at it", each.volume, each.patient)
+                    )
     read = [each for each in measured if len(each.percentiles) == len(channels)]
     if len(read) >= FEWEST:
         for number, channel in enumerate(channels):
             levels = np.array([each.percentiles[number] for each in read])
             floor = FLOOR * float(np.median(levels[:, -1] - levels[:, 0]))
-            for column, percent in enumerate(PERCENTILES):
-                said = f"percentile {percent} of its {channel} intensities"
-                compare("intensity", read, levels[:, column], floor, said)
+            zs = np.stack([robust_z(column, floor) for column in levels.T], axis=1)
+            for each, level, z in zip(read, levels, zs, strict=True):
+                column = int(np.abs(z).argmax())  # one line a volume: the percentile that is farthest
+                if abs(z[column]) > FAR:
+                    middle = float(np.median(levels[:, column]))
+                    what = f"percentile {PERCENTILES[column]} of its {channel} intensities is {level[column]:.4g}, where the "
+                    what += f"volumes' median is {middle:.4g} (robust z {z[column]:+.0f}); look at it"
+                    found.append(Finding("warning", "intensity", each.file, what, each.volume, each.patient))
     return found
 
 
