@@ -1,6 +1,7 @@
 """The command line. It parses words and prints answers; what is done lies in platform/. Torch and ray load inside commands."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare, check and look at data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+cluster_app = typer.Typer(help="Files that bring up a cluster, and sweeps that run on one.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
 
 Files = Annotated[list[Path] | None, typer.Option("-p", "--preset", help="YAML files or names of presets, stacked.")]
 Overrides = Annotated[list[str] | None, typer.Option("-o", "--override", help="One setting by dotted name: key=value.")]
@@ -30,6 +33,7 @@ Dims = Annotated[
     typer.Option(min=2, max=3, help="3: train on whole volumes, 2: on slices (default); short for -o network.spatial_dims=3."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+At = Annotated[str | None, typer.Option("--address", help="The cluster's dashboard; default: http://127.0.0.1:8265.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that read volumes; default: one per core.")]
 
 
@@ -51,8 +55,15 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    log: Annotated[str, typer.Option("--log", help="Messages on the console: debug, info, warning or error.")] = "warning",
 ) -> None:
-    pass
+    from medssl.platform import logs
+
+    logs.console(log)
+    if "://" in os.environ.get("MEDSSL_RUNS", ""):  # a store that other machines write, too
+        from medssl.platform.site import Site
+
+        Site.here().refresh()
 
 
 def _print(value: Any, as_json: bool, text: str) -> None:
@@ -241,8 +252,9 @@ def finetune(
     spatial_dims: Dims = None,
     index: Annotated[int, typer.Option(min=0, help="Which of the k pretrainings of a sweep's arm.")] = 0,
     number: Annotated[int, typer.Option(min=0, help="Which fine-tuning of that pretraining.")] = 0,
+    labelled: Annotated[int | None, typer.Option(min=1, help="Labelled patients; short for -o data.labelled=2.")] = None,
     hooks: Annotated[
-        list[str] | None, typer.Option("--hook", help="A file of methods/hooks/; its settings are -o hooks.NAME.….")
+        list[str] | None, typer.Option("--hook", help="A file of methods/hooks/; its settings are -o hook.NAME.….")
     ] = None,
     files: Files = None,
     overrides: Overrides = None,
@@ -250,7 +262,8 @@ def finetune(
     """Train a segmentation network, from given weights or from scratch, and score it on the test patients."""
     from medssl.platform import single
 
-    stacked = [*(f"hooks.{name}={{}}" for name in hooks or []), *(overrides or [])]
+    budget = [f"data.labelled={labelled}"] if labelled else []
+    stacked = [*(f"hooks.{name}={{}}" for name in hooks or []), *budget, *(overrides or [])]
     given = (start, data, seed, files or [], _dimensioned(stacked, spatial_dims))
     typer.echo(single.finetune(*given, say=_aside, index=index, number=number))
 
@@ -295,6 +308,15 @@ def export(
     typer.echo(exports.export(run, target, out))
 
 
+@app.command("import-config")
+def import_config(file: Annotated[Path, typer.Argument(help="A YAML file of the published PDCR and UAFS code.")]) -> None:
+    """Print another code's configuration as settings for -p, and what of it cannot be kept."""
+    from medssl.platform import import_config as importing
+
+    settings, lost = importing.imported(file)
+    typer.echo(importing.text(settings, lost, file, _aside), nl=False)
+
+
 @app.command()
 def sweep(
     space: Annotated[str, typer.Argument(help="A file of search_spaces/, or a path to your own.")],
@@ -322,6 +344,10 @@ def sweep(
     max_cost: Annotated[
         float | None, typer.Option(min=0, help="Stop when the sweep's machine-hours, earlier starts included, cost this.")
     ] = None,
+    shutdown: Annotated[
+        bool,
+        typer.Option("--shutdown-when-done", help="Then take down the cluster that this runs on (MEDSSL_SHUTDOWN says how)."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: hours, money, storage, power.")] = False,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="With --dry-run: measure the pace for some seconds.")] = False,
     files: Files = None,
@@ -346,6 +372,7 @@ def sweep(
         against=against,
         price=price,
         max_cost=max_cost,
+        shutdown=shutdown,
         say=_aside,
     )
     typer.echo(answer)
@@ -383,7 +410,7 @@ def leaderboard(
     names: Annotated[list[str] | None, typer.Argument(help="Sweeps; default: the newest.")] = None,
     output: Annotated[str, typer.Option("--format", help="table, paper, md, csv, json or html.")] = "table",
     sort: Annotated[str, typer.Option(help="mean, arm, or difference to the control, largest first.")] = "mean",
-    metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
+    metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm, asd_mm or legacy-slice-dice.")] = "dice",
     wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
     phase: Annotated[str | None, typer.Option(help="search or confirm; default: confirm where there is one.")] = None,
     pretrainings: Annotated[
@@ -412,7 +439,7 @@ def report(
     name: Annotated[str | None, typer.Argument(help="A sweep; default: the newest.")] = None,
     out: Annotated[Path | None, typer.Option(help="The file; default: report.html in the sweep's folder.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Folder for every figure as PNG and SVG.")] = None,
-    metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm or legacy-slice-dice.")] = "dice",
+    metric: Annotated[str, typer.Option(help="dice, nsd, hd95_mm, asd_mm or legacy-slice-dice.")] = "dice",
     wanted: Annotated[float, typer.Option(help="The difference that would matter to you, in the metric's unit.")] = 0.01,
 ) -> None:
     """One HTML file with the answer of a sweep, finished or not: verdict, figures, and how to reproduce every number."""
@@ -434,6 +461,62 @@ def bench(
 
     rows = benches.run(names or [], say=_aside, changes=dict(map(override, overrides or [])))
     _print([row.as_dict() for row in rows], as_json, benches.describe(rows))
+
+
+@cluster_app.command("render")
+def cluster_render(
+    kind: Annotated[str, typer.Argument(help="aws, gcp, kubernetes or slurm.")],
+    command: Annotated[list[str] | None, typer.Argument(help="Behind --: what a RayJob or a Slurm job shall run.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("-o", help="One setting: max=4, store=s3://bucket/medssl, sbatch.mem=64G.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print, which is all that render does.")] = False,
+) -> None:
+    """Print the file that brings up a cluster: for `ray up`, `kubectl apply -f` or `sbatch`."""
+    from medssl.platform import cluster
+
+    typer.echo(cluster.render(kind, changes or [], command or []), nl=False)
+
+
+@cluster_app.command("submit", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def cluster_submit(
+    words: Annotated[list[str], typer.Argument(help="What to run there: sweep SPACE --data D …")], address: At = None
+) -> None:
+    """Run a command of medssl on the cluster, as a job that outlives this machine. --address comes first."""
+    from medssl.platform import jobs
+
+    typer.echo(jobs.submit(words, address))
+
+
+@cluster_app.command("status")
+def cluster_status(address: At = None, as_json: Json = False) -> None:
+    """The jobs of medssl on the cluster."""
+    from medssl.platform import jobs
+
+    found = jobs.running(address)
+    _print(found, as_json, jobs.describe(found))
+
+
+@cluster_app.command("logs")
+def cluster_logs(
+    job: Annotated[str | None, typer.Argument(help="A job, or the beginning of its name; default: the newest.")] = None,
+    address: At = None,
+) -> None:
+    """What a job has printed."""
+    from medssl.platform import jobs
+
+    typer.echo(jobs.logs(job, address), nl=False)
+
+
+@cluster_app.command("down")
+def cluster_down(
+    address: At = None,
+    sure: Annotated[bool, typer.Option("--yes", help="Also while a sweep runs; typed again, it goes on.")] = False,
+) -> None:
+    """Take the cluster down, its head included."""
+    from medssl.platform import jobs
+
+    typer.echo(jobs.down(address, sure=sure))
 
 
 if __name__ == "__main__":

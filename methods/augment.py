@@ -24,7 +24,8 @@ scale and shift are pointwise, and blur and noise are drawn alike for every axis
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -56,6 +57,7 @@ class Pair:
     geometry: Geometry  # T
     inside: Tensor  # (m, s, s[, s]) bool: pixels of x that are slice, not what lies beyond its end
     valid: Tensor  # (m, s, s[, s]) bool: pixels of T x that show such a pixel
+    groups: Mapping[str, Tensor] = field(default_factory=dict)  # (m,) each, of the crops' slices: see the protocol
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ A batch, as `platform/stream.py` delivers it on the training device, is a dict o
     label     (n, h, w)     uint8 class ids; UNLABELLED where there is no annotation, padding included
     position  (n,)          float32: 0 at the volume's lowest slice, 1 at its highest
     patient, volume, index  (n,) int64: whose slice it is, and its row in the store
+    depth     (n,)          int64: slices of its volume
+    phase     (n,)          int64: of the volume's phases (end diastole, arterial …) which one, by name; -1: none is known
 
 A step of semi-supervised training has m slices more, whose labels, if there are any, do not travel:
 
     unlabelled_image  (m, c, h', w')        unlabelled_size  (m, D)
+    unlabelled_position, _patient, _volume, _depth, _phase  (m,): what contrast by meta-labels asks (`infonce.py`)
 
 Where the network's `spatial_dims` is 3, an element is a volume, and what is said of slices here and in the methods holds for
 volumes: as `platform/volumes.py` delivers it, z axis last and running upwards,
@@ -95,6 +98,9 @@ class Method(Protocol):
     It is built around an encoder, whose forward gives maps from the finest to the coarsest and whose `channels` are theirs.
     A method that asks more of it, such as patch tokens, says at the top of its file which networks have such encoders:
     `ENCODERS = ("unetr",)`, a literal, read without importing the file. Others are then refused before anything starts.
+    Three more such literals, each with what holds without it: `TRANSFERS = "encoder+decoder"` ("encoder") for a method that is
+    built around the whole network, and hands on the blocks of its decoder too; `VIEWS = "whole slices"` ("crops"), by which the
+    platform chooses the side of a view; `SLICES_ONLY = True` (False) for one that knows no volumes.
     """
 
     def augment(self, batch: Batch, rng: Generator) -> Views:
@@ -110,4 +116,7 @@ class Method(Protocol):
         """Optimizer groups: `params`, their `weight_decay`, and the keys that `optimizers.py` lists where they differ."""
 
     def transferable_state(self) -> dict[str, Tensor]:
-        """What fine-tuning receives: keys and shapes of the network's encoder (an explicit choice of the method)."""
+        """What fine-tuning receives: keys and shapes of the network's encoder (an explicit choice of the method).
+
+        With TRANSFERS "encoder+decoder" keys of the network: all of `encoder.…`, and those of `decoder.…` that were trained.
+        """

@@ -18,18 +18,22 @@ Pixels that nobody annotated take part in no term. Semi-supervised methods add t
     L = dice + ce + Σ_h w_h(step) L_h        each L_h from predictions on unlabelled crops x and on T x, T a geometry
 
 Labelled crops, x and T x are forward passes of their own, run when a hook asks for them and once for all hooks. So batch norms
-see the statistics of one kind of crop at a time, and their running statistics follow all of them; instance and group norms
-cannot tell. Hooks are run in order of their names, however they were stacked: sums, draws and states are then equal bit by bit.
+see the statistics of one kind of crop at a time, and their running statistics follow all of them, or with
+`unlabelled.track=false` the labelled ones alone; instance and group norms cannot tell. Hooks are run in order of their names,
+however they were stacked: sums, draws and states are then equal bit by bit.
 Defaults are the fine-tuning of the CT study (https://github.com/dittohed/exploring-ssl-for-ct): two crops per slice, half
 of them centred on foreground, a milder chain without zoom. `crop=resized` takes random-resized boxes instead (the law of
-`crops.py`), a label being that of the nearest pixel. Transfers: the whole network, or what a hook has predict in its place.
+`crops.py`), a label being that of the nearest pixel; `affine_p` and `elastic_p` deform crops after that (`deform.py`).
+Transfers: the whole network, or what a hook has predict in its place.
 
 While `freeze_encoder` lasts, the encoder's parameters do not change by a bit. Nothing else about it is switched off: dropout
 and drop path stay as in training, and batch norms inside it go on normalising by the batch while their running statistics
 follow the data, so that training and evaluation see one function; instance and group norms have none.
 """
 
-from collections.abc import Mapping
+import contextlib
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -38,16 +42,17 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from medssl.methods import augment, colour, crops, gather, settings
+from medssl.methods import augment, colour, crops, deform, gather, settings
 from medssl.methods.augment import Pair
 from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import UNLABELLED, Batch, Loss, Method, Step, Views
 
+GROUPS = ("position", "depth", "patient", "volume", "phase")  # what is told of unlabelled crops
 SMOOTH = 1e-5  # ε: a class absent from prediction and label has Dice 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(settings.Chain, settings.Pictures):
+class Config(settings.Chain, settings.Deformation, settings.Pictures):
     side: int | None = None  # pixels of a crop; None: 96, or less where the slices are smaller
     crops: int = 2  # per slice and step
     balanced: bool = True  # centre a crop on foreground or background, each half of the time; else anywhere
@@ -113,6 +118,7 @@ class Pass:
     config: Config
     views: Views  # labelled crops and their labels
     unlabelled: Pair | None  # None where every hook learns from labelled slices only
+    track: bool = True  # batch norms' running statistics follow unlabelled crops, too
 
     @property
     def pair(self) -> Pair:
@@ -129,18 +135,47 @@ class Pass:
     @cached_property
     def image(self) -> Tensor:
         """f(x)."""
-        logits: Tensor = self.network(self.pair.image)
-        return logits
+        return self.of(self.pair.image)
 
     @cached_property
     def moved(self) -> Tensor:
         """f(T x)."""
-        logits: Tensor = self.network(self.pair.moved)
+        return self.of(self.pair.moved)
+
+    def of(self, unlabelled: Tensor) -> Tensor:
+        """f of other crops that nobody labelled: a forward pass of its own."""
+        with contextlib.nullcontext() if self.track else untracked(self.network):
+            logits: Tensor = self.network(unlabelled)
         return logits
 
     def move(self, maps: Tensor) -> Tensor:
         """T of maps over x, to be compared with maps over T x where `pair.valid`; 0 where T shows nothing."""
         return augment.apply_geometry(maps, self.pair.geometry)
+
+
+@contextlib.contextmanager
+def untracked(network: nn.Module) -> Iterator[None]:
+    """Batch norms of `network` go on normalising by the batch, and their running statistics stay."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+@contextlib.contextmanager
+def initial(name: str) -> Iterator[None]:
+    """What a hook initialises follows from the global generator's seed and the hook's name, however hooks were stacked.
+
+    The global generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() + zlib.crc32(name.encode()))
+        yield
 
 
 Drawn = Mapping[str, Tensor]
@@ -214,6 +249,8 @@ class Segment(nn.Module):
         image, label, size = (batch[key].repeat_interleave(self.config.crops, 0) for key in ("image", "label", "size"))
         corner, extent = self._boxes(label, size, side, rng)
         images, labels = augment.labelled_view(image, label, corner, side, self.config, rng, extent)
+        if self.config.affine_p or self.config.elastic_p:
+            images, labels = deform.deformed(images, labels, self.config, rng)
         if self.config.warp_p or self.config.colour_p:
             images, labels = colour.varied(images, labels, self.config, rng)
         views = Views([images], [corner], [torch.full_like(corner, side) if extent is None else extent], labels)
@@ -234,7 +271,10 @@ class Segment(nn.Module):
         if "unlabelled_image" not in batch:
             raise ValueError(f"segment: {', '.join(self.fed)} learn from unlabelled slices, and the batch has none")
         image, size = (batch[f"unlabelled_{key}"].repeat_interleave(self.config.crops, 0) for key in ("image", "size"))
-        return augment.unlabelled_pair(image, size, anywhere(size, side, rng), side, self.config, self.unlabelled, rng)
+        pair = augment.unlabelled_pair(image, size, anywhere(size, side, rng), side, self.config, self.unlabelled, rng)
+        known = {key: f"unlabelled_{key}" for key in GROUPS if f"unlabelled_{key}" in batch}
+        groups = {key: batch[name].repeat_interleave(self.config.crops, 0) for key, name in known.items()}
+        return replace(pair, groups=groups)
 
     def loss(self, views: Views, step: Step) -> Loss:
         """Without a labelled pixel the supervised terms are 0, with gradients of 0: a shard or a batch may hold none."""
@@ -245,7 +285,7 @@ class Segment(nn.Module):
 
     def _with_hooks(self, views: Views, labels: Tensor, step: Step) -> Loss:
         """Supervised terms, and those of the hooks as `hook/term`."""
-        pass_ = Pass(self.network, self.config, views, views.unlabelled)
+        pass_ = Pass(self.network, self.config, views, views.unlabelled, self.unlabelled.track)
         terms, monitors = supervised(pass_.labelled, labels, self.config), dict[str, Tensor]()
         for name, hook in self.active.items():
             added = hook.terms(pass_, views.drawn[name], step)

@@ -117,6 +117,31 @@ class Chain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Deformation:
+    """Affine and elastic deformation of labelled slices, off unless asked for (see `deform.py`)."""
+
+    affine_p: float = 0.0  # of an image to have one of four affine deformations (source: 0.8)
+    rotation: float = 15.0  # degrees, uniform in ±
+    rescale: tuple[float, float] = (0.95, 1.05)
+    elastic_p: float = 0.0  # (source: about 0.525)
+    elastic_sigma: float = 5.0  # pixels: standard deviation of the displacement of a node
+    elastic_nodes: int = 3  # per axis
+
+    def __post_init__(self) -> None:
+        if not all(0 <= p <= 1 for p in (self.affine_p, self.elastic_p)):
+            raise ValueError(f"affine_p is {self.affine_p} and elastic_p {self.elastic_p}: a probability lies in [0, 1]")
+        if not 0 < self.rescale[0] <= self.rescale[1] or self.rotation < 0:
+            raise ValueError(f"rescale {self.rescale}: expected 0 < low <= high; rotation {self.rotation}: at least 0")
+        if self.elastic_sigma < 0 or self.elastic_nodes < 2:
+            raise ValueError(
+                f"elastic_sigma is {self.elastic_sigma} and elastic_nodes {self.elastic_nodes}: expected at least 0 and 2"
+            )
+        super_check = getattr(super(), "__post_init__", None)
+        if super_check:
+            super_check()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pictures:
     """Warps and changes of colour of labelled pictures, off unless asked for (see `colour.py`); numbers are PDCR's."""
 
@@ -187,6 +212,7 @@ class Unlabelled(Chain):
     """How hooks are fed: unlabelled slices per step, and the chain of their second view (the first has the labelled one's)."""
 
     batch: int | None = None  # unlabelled slices per step, over all workers together; None: as many as labelled ones
+    track: bool = True  # the running statistics of batch norms follow unlabelled crops, too
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,3 +248,55 @@ class TeacherHook(Hook):
         super().__post_init__()
         if not (0 <= self.momentum <= 1 and 0 <= self.decay < 1):
             raise ValueError(f"momentum is {self.momentum} and decay {self.decay}: expected 0 to 1, and 0 to less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UAFS:
+    """Maps weighted by how certain a small head is of each position (see `uafs.py`)."""
+
+    layers: tuple[str, ...] | None = None  # modules of the network, after which maps are weighted; None: the paper's
+    outcomes: int = 2  # M; it has nothing to do with the number of classes
+    hidden: int | None = 16  # channels inside the head; None: a quarter of the map's (the paper's choice in 3D)
+    kernel: int = 3  # of its first convolution, odd
+    dropout: float = 0.0  # inside the head (paper: 0.1 in pyramid and decoder)
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise ValueError(f"layers is {self.layers}: expected names of modules, each once")
+        if min(self.outcomes, self.hidden or 1) < 1 or self.hidden == 0:
+            raise ValueError(f"outcomes is {self.outcomes} and hidden {self.hidden}: expected at least 1")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel is {self.kernel}: expected an odd number, so that maps keep their sides")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: expected a probability below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastHook(Hook):
+    """A hook that contrasts features by what their slices share (see `infonce.py`)."""
+
+    layer: str = "encoder"  # a module of the network: "encoder" gives its coarsest map, "decoder" the map under the head
+    labels: tuple[Literal["partition", "patient", "cycle", "self", "place"], ...] = ("partition",)  # meta-labels
+    shares: tuple[float, ...] | None = None  # the weight of each meta-label's term; None: 1 each
+    temperature: float = 0.07  # τ
+    rivals: Literal["all", "negatives"] = "all"  # the denominator: everything else, or other labels and the positive itself
+    partitions: int = 3  # parts of a volume that slices are told apart by
+    partition: Literal["equal", "thirds", "blocks"] = "equal"  # where they end (see `infonce.by_height`)
+    hidden: int = 256  # hidden size of the head
+    d: int = 256  # size of z
+    grid: int = 10  # of "place": the map is averaged to so many cells per axis
+    places: int = 5  # of "place": cells drawn in each crop
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels are {self.labels}: expected one at least, and none twice")
+        if self.shares is not None and (len(self.shares) != len(self.labels) or min(self.shares) < 0):
+            raise ValueError(f"shares are {self.shares} for the labels {self.labels}: expected a weight of at least 0 for each")
+        for name in ("temperature", "partitions", "hidden", "d", "grid", "places"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
+        if self.places > self.grid**2:
+            raise ValueError(f"places is {self.places}: a map of {self.grid} x {self.grid} cells has fewer")
+        if self.partition == "thirds" and self.partitions != 3:
+            raise ValueError(f"partition is thirds and partitions {self.partitions}: expected 3")

@@ -634,7 +634,13 @@ def _bracketed(row: Row) -> str:
 
 def _named(metric: str) -> str:
     """A metric as an axis says it, with its unit."""
-    known = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)", "legacy-slice-dice": "slice-wise Dice of the IoU study"}
+    known = {
+        "dice": "Dice",
+        "nsd": "NSD",
+        "hd95_mm": "HD95 (mm)",
+        "asd_mm": "ASD (mm)",
+        "legacy-slice-dice": "slice-wise Dice of the IoU study",
+    }
     return known.get(metric, metric)
 
 

@@ -1,4 +1,4 @@
-"""The metric contract, in one place: what Dice, HD95 and NSD mean here, and how many numbers become one.
+"""The metric contract, in one place: what Dice, HD95, ASD and NSD mean here, and how many numbers become one.
 
 Torch and MONAI are imported inside the functions, so that a leaderboard prints the contract without waiting for them.
 
@@ -25,9 +25,10 @@ LEGACY = "legacy-slice-dice"
 CONTRACT = (
     f"Metric contract {VERSION}. Per volume and foreground class, on the prepared volume's grid: Dice of the voxels; "
     "HD95, the larger of the two directed 95th percentiles of the distances between surface voxels, in mm; "
+    "ASD, the mean of all these distances, in mm; "
     "NSD, the share of both sides' surface voxels that lie within the data set's tolerance of the other surface. "
     "Voxels that nobody annotated count for neither side. Class absent in both: left out, and counted. "
-    "Class missed or hallucinated: Dice 0, NSD 0, HD95 infinite (left out of its mean), and counted. "
+    "Class missed or hallucinated: Dice 0, NSD 0, HD95 and ASD infinite (left out of their means), and counted. "
     "Mean over classes, then over a patient's volumes, then over patients."
 )
 
@@ -62,8 +63,8 @@ def surface(
     reference: "Tensor | NDArray[Any]",
     spacing_mm: tuple[float, float, float],
     tolerance_mm: Sequence[float],
-) -> tuple[list[float], list[float]]:
-    """HD95 in mm and NSD of each foreground class; NaN where it is absent in both, infinity and 0 where in one only.
+) -> tuple[list[float], list[float], list[float]]:
+    """HD95 in mm, NSD, and ASD in mm of each foreground class; NaN where it is absent in both, infinity and 0 where in one.
 
     prediction, reference   (d, h, w) uint8 class ids
     spacing_mm              between rows, columns and slices, in this order, as in `records.Volume`
@@ -85,21 +86,21 @@ def surface(
     actual = np.where(known, actual, predicted)
     boxes = zip(*(find_objects(ids, max_label=len(tolerance_mm)) for ids in (predicted, actual)), strict=True)
     rows, columns, slices = map(float, spacing_mm)
-    hd95, nsd = [], []
+    hd95, nsd, asd = list[float](), list[float](), list[float]()
     for class_id, (pair, tolerance) in enumerate(zip(boxes, tolerance_mm, strict=True), start=1):
         box = _joint_box(*pair)
         distances = _surface_distances(predicted[box] == class_id, actual[box] == class_id, known[box], (slices, rows, columns))
         everywhere = np.concatenate(distances)
         if not len(everywhere):
-            hd95.append(math.nan)
-            nsd.append(math.nan)
+            values = (math.nan, math.nan, math.nan)
         elif np.isinf(everywhere).any():  # one side has no surface to be near to
-            hd95.append(math.inf)
-            nsd.append(0.0)
+            values = (math.inf, 0.0, math.inf)
         else:
-            hd95.append(float(max(np.quantile(directed, 0.95) for directed in distances)))
-            nsd.append(float((everywhere <= tolerance).mean()))
-    return hd95, nsd
+            farthest = float(max(np.quantile(directed, 0.95) for directed in distances))
+            values = (farthest, float((everywhere <= tolerance).mean()), float(everywhere.mean()))
+        for metric, value in zip((hd95, nsd, asd), values, strict=True):
+            metric.append(value)
+    return hd95, nsd, asd
 
 
 def legacy_slice_dice(prediction: "Tensor | NDArray[Any]", reference: "Tensor | NDArray[Any]") -> float:
@@ -162,8 +163,9 @@ def score_volume(
     scores = rows("dice", 2 * both / (predicted + actual))
     scores += rows("reference_ml", actual * millilitres) + rows("predicted_ml", predicted * millilitres)
     if metrics == "all":
-        hd95, nsd = surface(prediction, reference, volume.spacing_mm, tolerances(classes, tolerance_mm))
-        scores += rows("hd95_mm", hd95) + rows("nsd", nsd) + rows("iou", both / (predicted + actual - both))
+        hd95, nsd, asd = surface(prediction, reference, volume.spacing_mm, tolerances(classes, tolerance_mm))
+        scores += rows("hd95_mm", hd95) + rows("nsd", nsd) + rows("asd_mm", asd)
+        scores += rows("iou", both / (predicted + actual - both))
         correct = float(counts[2].sum() / counts[1].sum())  # NaN where nothing is annotated
         scores.append(Score(volume.patient, volume.volume, part, "all with background", "accuracy", correct))
     return scores

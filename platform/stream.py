@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ["volume", "slice_index", "position", "image", "label"]
 PLAN = 256  # files that one Ray Data execution reads; starting one costs 0.1 s, and 0.8 ms per file of its plan
+UNLABELLED_KEYS = ("image", "size", "position", "patient", "volume", "depth", "phase")  # what hooks see of unlabelled slices
 AHEAD = 2  # files, and batches, that a worker reads ahead
 
 Arrays = dict[str, Any]
@@ -59,6 +60,8 @@ class Slices:
     spacing_mm: Tensor  # (N, 3) float32: between rows, columns, slices
     patient_names: tuple[str, ...]
     volume_names: tuple[str, ...]
+    depth: Tensor | None = None  # (N,) int64: slices of the slice's volume
+    phase: Tensor | None = None  # (N,) int64: its volume's phase, numbered by name; -1: none is known
 
     @staticmethod
     def read(store: Store, patients: Iterable[str] | None = None, labelled: bool | None = None) -> "Slices":
@@ -130,7 +133,8 @@ class Slices:
             label = torch.full((len(rows), *image.shape[-2:]), UNLABELLED, dtype=torch.uint8, device=image.device)
         else:
             label = self.label.index_select(0, rows)
-        others = {key: getattr(self, key)[rows] for key in ("size", "position", "patient", "volume")}
+        known = {key: getattr(self, key) for key in ("size", "position", "patient", "volume", "depth", "phase")}
+        others = {key: value[rows] for key, value in known.items() if value is not None}
         return {"image": image, "label": label, "index": rows, **others}
 
     def volumes(self) -> Iterator[Volume]:
@@ -217,12 +221,12 @@ def node_batches(held: Held, batch: int, *, seed: int, start: int = 0, rank: int
 
 
 def beside(labelled: Iterable[Batch], unlabelled: Iterable[Batch]) -> Iterator[Batch]:
-    """Two streams as one, for semi-supervised training: each at its own pace, and of the second its images alone.
+    """Two streams as one, for semi-supervised training: each at its own pace, and of the second all but its labels.
 
     Both know where they stand from the step, and so does what they make.
     """
     for ours, theirs in zip(labelled, unlabelled, strict=False):
-        yield {**ours, "unlabelled_image": theirs["image"], "unlabelled_size": theirs["size"]}
+        yield {**ours, **{f"unlabelled_{key}": theirs[key] for key in UNLABELLED_KEYS if key in theirs}}
 
 
 # The set that does not fit
@@ -327,6 +331,7 @@ class _Chosen:
     dtype: str
     every: bool  # all of the store's volumes: nothing to filter
     volumes: tuple[VolumeRecord, ...]  # sorted by name
+    phase_names: tuple[str, ...] = ()  # of the whole store, sorted
 
     @staticmethod
     def of(store: Store, patients: Iterable[str] | None, labelled: bool | None) -> "_Chosen":
@@ -337,7 +342,8 @@ class _Chosen:
         if not volumes:
             kind = {None: "", True: "labelled ", False: "unlabelled "}[labelled]
             raise RunError(f"{store.root}: no {kind}volume of the {len(wanted)} wanted patients; choose others")
-        return _Chosen(store.root, store.preset.dtype, len(volumes) == len(store.volumes), volumes)
+        phases = tuple(sorted({volume.phase for volume in store.volumes if volume.phase}))
+        return _Chosen(store.root, store.preset.dtype, len(volumes) == len(store.volumes), volumes, phases)
 
     @property
     def count(self) -> int:
@@ -355,7 +361,10 @@ class _Chosen:
     def facts(self) -> Arrays:
         """What all slices of a volume share, by volume: named as the fields of `Slices`."""
         patients = {name: number for number, name in enumerate(self.patient_names)}
+        phases = {name: number for number, name in enumerate(self.phase_names)}
         return {
+            "depth": np.array([v.slices for v in self.volumes]),
+            "phase": np.array([phases.get(v.phase or "", -1) for v in self.volumes]),
             "labelled": np.array([v.labelled for v in self.volumes]),
             "size": np.array([(v.height, v.width) for v in self.volumes]),
             "patient": np.array([patients[v.patient] for v in self.volumes]),
@@ -383,6 +392,8 @@ class _Chosen:
             "patient": np.zeros(count, np.int64),
             "volume": np.zeros(count, np.int64),
             "slice_index": np.zeros(count, np.int64),
+            "depth": np.zeros(count, np.int64),
+            "phase": np.zeros(count, np.int64),
             "spacing_mm": np.zeros((count, 3), np.float32),
         }
         if any(volume.labelled for volume in self.volumes):

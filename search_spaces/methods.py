@@ -19,6 +19,8 @@ METHODS = (
     "byol",
     "dino",
     "global_contrast",
+    "iic",
+    "infonce",
     "mae",
     "moco",
     "simclr",

@@ -41,6 +41,8 @@ SIZES: dict[str, dict[str, Any]] = {  # of each method, beside its file's settin
     "byol": {"d": 128, "hidden": 256, "momentum": 0.98},
     "dino": {"hidden": 256, "bottleneck": 64, "prototypes": 256, "local_crops": 2} | FAST,
     "global_contrast": {"hidden": 256},
+    "iic": {},
+    "infonce": {"hidden": 256, "d": 128},
     "mae": {"patch": 4, "width": 16},
     "moco": {"hidden": 256, "queue": 256, "momentum": 0.95},
     "simclr": {},

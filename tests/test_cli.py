@@ -509,3 +509,22 @@ def test_a_hook_that_learns_from_labelled_slices_only_runs_without_others(typed,
     losses = json.loads((folder / "done.json").read_text())["losses"]
     assert losses.keys() == {"dice", "cross_entropy", "pdcr/encoder", "pdcr/decoder", "pdcr/cross"}
     assert not json.loads((folder / "run.json").read_text())["config"]["unlabelled"]
+
+
+def test_hooks_typed_as_the_manual_types_them_run_in_one_line(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs", patients=6)
+    assert typed("data", "prepare", root)[0] == 0
+    hooks = ["--hook", "mean-teacher", "--hook", "consistency", "--hook", "infonce"]
+    chosen = ["-o", "hook.infonce.layer=decoder", "-o", "hook.mean-teacher.weight=5", "-o", "hooks.infonce.d=8"]
+    code, out, error = typed("finetune", "--data", root, *SHORT, "--labelled", "1", *hooks, *chosen)
+    assert code == 0, error
+    folder = tmp_path / "runs" / "stages" / stage_of(out)
+    config = json.loads((folder / "run.json").read_text())["config"]
+    assert config["data"]["labelled"] == 1
+    assert config["hooks"]["infonce"]["layer"] == "decoder"
+    assert config["hooks"]["mean_teacher"]["weight"] == 5
+    losses = json.loads((folder / "done.json").read_text())["losses"]
+    assert losses.keys() == {"dice", "cross_entropy", "mean_teacher/mse", "consistency/mse", "infonce/partition"}
+    assert f"{folder.name} begins: " in (folder / "messages.log").read_text()
+    code, _, error = typed("finetune", "--data", root, *SHORT, "--labelled", "1", *hooks, "-o", "hook.infonce.layre=decoder")
+    assert (code, "did you mean layer?" in error) == (2, True)

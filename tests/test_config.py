@@ -139,3 +139,46 @@ def test_null_switches_a_hook_off_and_without_hooks_nothing_is_said_of_them():
     off = build(hooks__consistency=None, unlabelled__batch=3)
     assert off == build(hooks=None) == build()
     assert not off.tree().keys() & {"hooks", "unlabelled"}
+
+
+def layered(tmp_path, **files):
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return config.stack(config.read(tmp_path / f"{name}.yaml") for name in files)
+
+
+def test_files_stack_and_overrides_set_add_and_take_out_in_their_order(tmp_path):
+    tree = layered(
+        tmp_path,
+        base="{data: {labelled: 2}, finetune: {crops: 1}}",
+        mt="{hooks: {mean-teacher: {weight: 5, momentum: 0.9}}, data: {labelled: 4}}",
+    )
+    typed = ["finetune.crops=3", "+hook.mean-teacher.ramp=linear", "~hooks.mean_teacher.momentum", "pretrain=null"]
+    experiment = config.build(config.overridden(tree, [*typed, "+hook.infonce.layer=decoder"]))
+    infonce, teacher = experiment.hooks
+    assert (experiment.data.labelled, experiment.finetune.settings.crops) == (4, 3)
+    assert (teacher.settings.weight, teacher.settings.momentum, teacher.settings.ramp) == (5, 0.99, "linear")
+    assert (infonce.name, infonce.settings.layer) == ("infonce", "decoder")
+    assert tree["hooks"]["mean_teacher"]["momentum"] == 0.9, "the tree itself stays"
+    assert [hook.name for hook in config.build(config.overridden(tree, ["~hook.mean-teacher"])).hooks] == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("+data.labelled=3", r"data.labelled is set already; leave out the \+"),
+        ("~data.labeled", r"no labeled to take out; did you mean labelled\?"),
+        ("~hooks.mean_teacher", r"no hooks to take out"),
+        ("~data.labelled.more", r"no more to take out; nothing is set there"),
+        ("+data.labelled", "expected key=value"),
+    ],
+)
+def test_adding_what_is_there_and_taking_out_what_is_not_are_refused(typed, message):
+    with pytest.raises(UsageError, match=message):
+        config.overridden({"data": {"labelled": 2}}, [typed])
+
+
+def test_an_unknown_key_is_refused_however_it_is_set():
+    for mark in ("", "+"):
+        with pytest.raises(UsageError, match=r'unknown key "hooks.mean_teacher.wieght"; did you mean weight\?'):
+            config.build(config.overridden({}, [f"{mark}hook.mean-teacher.wieght=1"]))

@@ -21,6 +21,14 @@ HOOKS = find.names("hook")
 FED = [name for name in HOOKS if not find.constant("hook", name, "LABELLED_ONLY", False)]
 STEP = Step(5, 10)
 SMALL: dict[str, dict[str, Any]] = {
+    "unimatch": {"threshold": 0.5},
+    "mutual_information": {"clusters": 3, "heads": 2},
+    "redundancy_reduction": {"clusters": 3, "heads": 2},
+    "boundary_aware": {"clusters": 3, "heads": 2, "window": 3},
+    "infonce": {"labels": ("partition", "place"), "grid": 4, "hidden": 8, "d": 4},
+    "self_paced": {"labels": ("patient", "cycle", "self"), "shares": (1.0, 0.1, 0.1), "hidden": 8, "d": 4},
+    "superpixel": {"segments": 4, "sigma": 0.5, "places": 12, "hidden": 8, "d": 4},
+    "prototypes": {"per_class": 2},
     "cutmix": {"threshold": 0.5},  # so little trained, nothing is sure to 97 %
     "pdcr": {  # maps of the network below, and as many cells as they have
         "encoder": ("encoder.blocks.0", "encoder.blocks.1"),
@@ -64,6 +72,11 @@ def batch(dims: int = 2) -> dict[str, Tensor]:
         "size": torch.tensor(sides).repeat(3, 1),
         "unlabelled_image": torch.rand(2, 1, *others, generator=rng),
         "unlabelled_size": size,
+        "unlabelled_position": torch.tensor([0.1, 0.9]),
+        "unlabelled_depth": torch.tensor([9, 12]),
+        "unlabelled_patient": torch.tensor([3, 4]),
+        "unlabelled_volume": torch.tensor([6, 8]),
+        "unlabelled_phase": torch.tensor([0, 1]),
     }
 
 
@@ -98,7 +111,15 @@ def test_terms_are_finite_scalars_and_reach_the_network_through_unlabelled_image
     assert all(term.shape == () and torch.isfinite(term) for term in loss.terms.values())
     assert all(value.shape == () and not value.requires_grad for value in loss.monitors.values())
     loss.total.backward()
-    assert not [key for key, p in subject.network.named_parameters() if p.grad is None or not p.grad.any()]
+    reached = [key for key, p in subject.network.named_parameters() if p.grad is not None and p.grad.any()]
+    below = {"encoder": "encoder", "decoder": ("encoder", "decoder")}.get(deepest(subject.hooks[name]), "")
+    assert reached == [key for key, _ in subject.network.named_parameters() if key.startswith(below)]
+
+
+def deepest(hook: Any) -> str:
+    """The module whose features a hook looks at, the last if there are several; "" where it looks at the logits."""
+    taps = getattr(hook, "taps", None)
+    return next((name for name in ("decoder", "encoder") if taps and name in taps.names), "")
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -286,7 +307,7 @@ def test_saving_loading_and_continuing_equals_not_stopping(name):
     assert all(torch.equal(a, b) for a, b in zip(subject.predictor.parameters(), continued.predictor.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", FED)
+@pytest.mark.parametrize("name", [name for name in FED if not hasattr(segment(name).hooks[name], "taps")])
 def test_pixels_beyond_the_slice_and_beyond_the_move_have_no_say(name):
     """The logits of these pixels get no gradient, in either view."""
     subject = segment(name)
@@ -294,11 +315,13 @@ def test_pixels_beyond_the_slice_and_beyond_the_move_have_no_say(name):
     given: dict[str, Tensor] = {}
 
     class Lookup(nn.Module):
+        encoder = nn.Identity()  # some hooks change what it gives
+
         def forward(self, x: Tensor) -> Tensor:
             key = str(x.data_ptr())
             rng = torch.Generator().manual_seed(len(x))
             given.setdefault(key, torch.randn(len(x), 3, *x.shape[2:], generator=rng).requires_grad_())
-            return given[key]
+            return given[key] + 0 * x.mean()  # some hooks ask how the answer changes with the image
 
     subject.network = Lookup()
     pair = drawn.unlabelled
@@ -332,3 +355,10 @@ def test_every_file_cites_a_source_that_can_be_opened(name):
     text = ast.get_docstring(ast.parse(find.path("hook", name).read_text()))
     assert text
     assert SOURCE.search(text)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_are_built_without_values_too(name):
+    """So that what a network lacks is told before anything is trained (`stages.check`)."""
+    with torch.device("meta"):
+        assert segment(name).active

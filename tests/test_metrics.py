@@ -57,14 +57,16 @@ def test_dice_equals_monai():
 
 
 def test_surface_equals_monai_on_whole_volumes():
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
 
     prediction, reference = blobs(2), blobs(3)
     one_hot = [torch.nn.functional.one_hot(ids.long(), 4).movedim(-1, 0)[None] for ids in (prediction, reference)]
     spacing_dhw, tolerance = (2.5, 0.7, 1.3), [1.0, 2.0, 3.0]
-    hd95, nsd = metrics.surface(prediction, reference, (0.7, 1.3, 2.5), tolerance)
+    hd95, nsd, asd = metrics.surface(prediction, reference, (0.7, 1.3, 2.5), tolerance)
     np.testing.assert_allclose(hd95, compute_hausdorff_distance(*one_hot, percentile=95, spacing=spacing_dhw)[0], rtol=1e-5)
     np.testing.assert_allclose(nsd, compute_surface_dice(*one_hot, tolerance, spacing=spacing_dhw)[0], rtol=1e-5)
+    monai = compute_average_surface_distance(*one_hot, symmetric=True, spacing=spacing_dhw)[0]
+    np.testing.assert_allclose(asd, monai, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("axis", "expected_mm"), [(0, 2.5), (1, 0.7), (2, 1.3)])
@@ -72,7 +74,7 @@ def test_hd95_counts_each_axis_in_its_own_millimetres(axis, expected_mm):
     reference, prediction = empty(5, 5, 5), empty(5, 5, 5)
     reference[2, 2, 2] = 1
     prediction.select(axis, 3)[2, 2] = 1
-    hd95, nsd = metrics.surface(prediction, reference, (0.7, 1.3, 2.5), [1.3])
+    hd95, nsd, _ = metrics.surface(prediction, reference, (0.7, 1.3, 2.5), [1.3])
     assert hd95 == pytest.approx([expected_mm])
     assert nsd == [1.0 if expected_mm < 1.31 else 0.0]
 
@@ -81,8 +83,8 @@ def test_hd95_of_two_voxels_two_millimetres_apart_is_two():
     reference, prediction = empty(3, 6, 6), empty(3, 6, 6)
     reference[1, 2, 2] = 1
     prediction[1, 2, 4] = 1
-    assert metrics.surface(prediction, reference, (1.0, 1.0, 3.0), [2.0]) == ([2.0], [1.0])
-    assert metrics.surface(prediction, reference, (1.0, 1.0, 3.0), [1.9]) == ([2.0], [0.0])
+    assert metrics.surface(prediction, reference, (1.0, 1.0, 3.0), [2.0]) == ([2.0], [1.0], [2.0])
+    assert metrics.surface(prediction, reference, (1.0, 1.0, 3.0), [1.9]) == ([2.0], [0.0], [2.0])
 
 
 def test_nsd_of_a_plate_moved_by_half_its_tolerance_and_twice_its_tolerance():
@@ -90,7 +92,7 @@ def test_nsd_of_a_plate_moved_by_half_its_tolerance_and_twice_its_tolerance():
     reference[0, 5] = 1  # a line of 20 voxels
     prediction[0, 6, :10] = 1  # one row off
     prediction[0, 9, 10:] = 1  # four rows off
-    _, nsd = metrics.surface(prediction, reference, (1.0, 1.0, 1.0), [2.0])
+    _, nsd, _ = metrics.surface(prediction, reference, (1.0, 1.0, 1.0), [2.0])
     near = 10 + 10 + 1  # half of the prediction; that half of the reference and one more column, at the distance √2
     assert nsd == pytest.approx([near / 40])
 
@@ -101,7 +103,7 @@ def test_a_class_is_absent_missed_or_hallucinated():
     prediction[1, 1, 1] = 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hd95, nsd = metrics.surface(prediction, reference, (1.0, 1.0, 1.0), [2.0] * 3)
+        hd95, nsd, _ = metrics.surface(prediction, reference, (1.0, 1.0, 1.0), [2.0] * 3)
     assert hd95[:2] == [math.inf, math.inf]
     assert math.isnan(hd95[2])
     assert nsd[:2] == [0.0, 0.0]
@@ -128,7 +130,7 @@ def test_an_annotation_that_ends_is_no_surface():
     prediction[:, 3:9, 9] = 1
     reference = torch.full_like(full, UNLABELLED)
     reference[2] = full[2]
-    hd95, nsd = metrics.surface(prediction, reference, (1.0, 1.0, 1.0), [0.5])
+    hd95, nsd, _ = metrics.surface(prediction, reference, (1.0, 1.0, 1.0), [0.5])
     shared = 6 + 5 + 5  # left side, top and bottom of two outlines, 6 x 6 and 6 x 7, of 20 and 22 voxels
     assert hd95 == [1.0]
     assert nsd == pytest.approx([2 * shared / (20 + 22)])  # as a lone slice all 36 and 42 voxels would be surface

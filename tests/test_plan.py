@@ -93,6 +93,14 @@ def test_labelled_subsets_nest():
         plan.labelled_patients(config.build({"data": {"labelled": 4}}), SPLIT)
 
 
+def test_a_share_of_the_labelled_patients_is_the_number_nearest_to_it_and_one_at_least():
+    assert ids(data__labelled=0.7) == ids(data__labelled=2) == ids(data__labelled=2.0)
+    assert resolved(data__labelled=0.1).data.labelled == 1
+    for wrong in (0, -1, 1.5, 0.0):
+        with pytest.raises(UsageError, match=r"data: labelled is .*a share of them below 1"):
+            resolved(data__labelled=wrong)
+
+
 def test_epochs_become_steps_of_the_slices_that_a_stage_trains_on():
     experiment = resolved(
         pretrain__training__epochs=8, pretrain__training__batch=5, data__labelled=1, finetune__training__epochs=8
@@ -355,3 +363,24 @@ def test_a_hook_that_learns_from_labelled_slices_only_needs_no_others():
 def test_hooks_that_cannot_be_fed_are_refused(change, message):
     with pytest.raises(UsageError, match=message):
         resolved(**HOOKED | change)
+
+
+def test_draws_give_repeats_other_labelled_patients_in_turn_and_all_arms_the_same():
+    budget = {"data__labelled": 2, "pretrain": None}
+
+    def labelled(index, **change):
+        chain = plan.chain("arm", index, 1, resolved(**budget | change), store(), SPLIT)
+        return plan.labelled_patients(chain.experiment, SPLIT)
+
+    orders = [labelled(0, data__draw=draw) for draw in range(4)]
+    assert orders[0] == SPLIT.labelled[:2]
+    assert len(set(orders)) > 1
+    taken = [labelled(index, data__draws=4) for index in range(8)]
+    assert taken == orders * 2
+    assert taken == [labelled(index, data__draws=4, hooks__mean_teacher={}) for index in range(8)]
+    assert all(set(labelled(3, data__draws=4, data__labelled=1)) < set(order) for order in orders[3:])
+    assert ids(**budget, data__draws=2) == ids(**budget), "the first repeat is the one without draws"
+    text = plan.describe({"arm": resolved(**budget, data__draws=2)}, 1, 1, store(), SPLIT, set())
+    assert "2 labelled patients in 2 draws" in text
+    with pytest.raises(UsageError, match="draws 0"):
+        resolved(data__draws=0)

@@ -38,6 +38,10 @@ def pretrain(**values: Any) -> dict[str, Any]:
     return {f"pretrain.{key.replace('__', '.')}": value for key, value in values.items()}
 
 
+def further(**values: Any) -> dict[str, Any]:
+    return {f"further.{key.replace('__', '.')}": value for key, value in values.items()}
+
+
 def finetune(**values: Any) -> dict[str, Any]:
     return {f"finetune.{key.replace('__', '.')}": value for key, value in values.items()}
 
@@ -88,6 +92,67 @@ TABLES: dict[str, dict[str, Any]] = {
         training__clip=5.0, training__steps=150 * (1498 // 192), training__batch=192, training__precision="fp16",
         training__evaluations=15,
     ) | {"evaluate.inference": "whole", "evaluate.metric": "dice"},
+    "global-local": {"network.name": "unet_chaitanya", "evaluate.inference": "whole"} | pretrain(  # fact sheet global-local.md
+        name="global_contrast", strategy="partition-positives", partitions=4, side=192, temperature=0.1,
+        training__steps=10_000, training__batch=6 * 4,
+    ) | further(
+        name="local_contrast", strategy="random", blocks=3, region=3, regions=13, negatives=5, side=192, temperature=0.1,
+        training__steps=10_000, training__batch=10,
+    ) | finetune(
+        name="segment", side=192, crops=1, balanced=False, dice=1.0, cross_entropy=0, zoom_p=0, flip_p=0, rot90_p=0,
+        affine_p=4 / 5, elastic_p=0.525, elastic_sigma=5.0, intensity_scale=0.2, intensity_scale_p=0.5, intensity_shift=0.1,
+        intensity_shift_p=0.5, blur_p=0, noise_p=0, training__optimizer="adam", training__lr=1e-3, training__end_lr=1e-3,
+        training__warmup=0, training__weight_decay=0, training__steps=10_000, training__batch=20,
+        training__evaluations=10_000 // 50,
+    ),
+    "global-local-parity": pretrain(name="global_contrast", pairing="ring", scale="rows")
+    | further(name="local_contrast", regions="paper", scale="rows"),
+}  # fmt: skip
+
+# Contrast-You, sections 1.11 to 2.6 of its fact sheet
+UNET = {"network.name": "unet", "network.width": 16, "network.levels": 5, "network.norm": "batch"}
+ACDC = finetune(
+    name="segment", side=224, crops=1, balanced=False, dice=0, cross_entropy=1, zoom_p=0, flip_p=0.5, rot90_p=0.25,
+    intensity_scale=0.5, intensity_scale_p=1, intensity_shift=0.25, intensity_shift_p=1, blur_p=0, noise_p=0,
+    training__optimizer="adam", training__weight_decay=1e-5, training__end_lr=1e-7,
+) | {f"unlabelled.{key}": value for key, value in {
+    "zoom_p": 0, "flip_p": 0.8, "rot90_p": 0, "intensity_scale_p": 0, "intensity_shift_p": 0, "blur_p": 0, "noise_p": 0,
+}.items()}  # fmt: skip
+BY_LABELS = pretrain(
+    name="infonce", side=224, crop="fixed", iou=None, zoom_p=0, flip_p=0.5, rot90_p=0.5, intensity_scale=0.5,
+    intensity_scale_p=1, intensity_shift=0.25, intensity_shift_p=1, blur_p=0, noise_p=0, temperature=0.07, partitions=3,
+    partition="thirds", hidden=256, d=256,
+    training__optimizer="adam", training__lr=2e-4, training__end_lr=1e-7, training__weight_decay=0,
+)  # fmt: skip
+MI = {"weight": 0.1, "shift": True}
+PACE = {"labels": ("partition", "patient", "cycle"), "shares": (1, 0.1, 0.1), "pace": "soft", "gamma": (5, 60), "power": 0.5}
+
+
+def run(lr: float, epochs: int, batches: int, batch: int, unlabelled: int) -> dict[str, Any]:
+    own = finetune(training__lr=lr, training__steps=epochs * batches, training__batch=batch, training__warmup=10 / epochs)
+    return UNET | ACDC | own | {"unlabelled.batch": unlabelled}
+
+
+def hook(name: str, **values: Any) -> dict[str, Any]:
+    return {f"hooks.{name}.{key}": value for key, value in values.items()}
+
+
+TABLES |= {
+    "finetune-acdc-mi-output": run(4e-5, 100, 300, 4, 10) | hook("consistency", weight=5)  # 2.2
+    | hook("mutual_information", layers=("output",), shares=(1,), reach=(1,), **MI),
+    "finetune-acdc-mi": run(4e-5, 100, 300, 4, 10) | hook("consistency", weight=5)  # 2.3
+    | hook("mutual_information", layers=("encoder", "decoder.blocks.2", "decoder"), shares=(1, 0.5, 0.5), reach=(0, 1, 3),
+           clusters=20, heads=5, **MI),
+    "self-paced-acdc": run(6e-5, 60, 200, 5, 5) | BY_LABELS  # 2.4
+    | pretrain(**PACE, corrected=True, training__steps=80 * 200, training__warmup=10 / 80, training__batch=30)
+    | hook("self_paced", weight=0.1, partitions=3, partition="thirds", temperature=0.07, corrected=True, **PACE),
+    "finetune-acdc-prototypes": run(3e-5, 50, 200, 5, 5) | {"network.width": 32}  # 2.5
+    | hook("prototypes", weight=1, per_class=8, information=0.01, orthogonality=1, balance=1, agreement=0),
+    "boundary-acdc": run(3e-5, 30, 300, 5, 5) | {"network.width": 32} | BY_LABELS  # 2.6
+    | pretrain(labels=("partition",), shares=(1,), pace="none", training__steps=50 * 300, training__warmup=10 / 50,
+               training__batch=6 * 3)
+    | hook("boundary_aware", weight=1, layer="decoder", clusters=40, heads=3, redundancy=1, boundary=1, alpha=0.5, balance=1,
+           window=5, power=0.75),
 }  # fmt: skip
 
 
@@ -137,14 +202,28 @@ def test_dino_fine_tunes_at_its_own_width_when_named_last():
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("finetune")])
 def test_a_presets_chain_makes_views_of_its_side(name):
-    part = config.build(config.read(Path(name))).pretrain
-    assert part
+    given = config.read(Path(name))
+    sides = {section: {"side": 96} for section in ("pretrain", "further") if section in given}  # where the file has none
+    experiment = config.build(config.stack([sides, given]))
     batch = {"image": torch.randint(0, 256, (2, 1, 240, 230), dtype=torch.uint8), "size": torch.tensor([[240, 230]] * 2)}
-    method = find.load("method", part.name).METHOD
-    encoder = torch.nn.Identity()
-    encoder.channels = (4,)  # type: ignore[assignment]
-    views = method(encoder, part.settings).augment(batch, torch.Generator().manual_seed(0))
-    assert [tuple(images.shape) for images in views.images] == [(2, 1, part.settings.side, part.settings.side)] * 2
+    batch |= {"position": torch.tensor([0.0, 1.0]), "volume": torch.arange(2)}
+    for part in (experiment.pretrain, experiment.further):
+        if part is None:
+            continue
+        method = find.load("method", part.name).METHOD
+        subject = torch.nn.Conv2d(1, 4, 3)
+        subject.channels = (4,)  # type: ignore[assignment]
+        if part is experiment.further:
+            subject = find.load("network", "unet_chaitanya").NETWORK(1, 2)  # type: ignore[assignment]
+        views = method(subject, part.settings).augment(batch, torch.Generator().manual_seed(0))
+        assert [tuple(images.shape) for images in views.images] == [(2, 1, part.settings.side, part.settings.side)] * 2
+
+
+def test_parity_is_put_after_the_recipe_and_changes_the_losses_alone():
+    layers = [config.read(Path(name)) for name in ("global-local", "global-local-parity")]
+    tree = flat(config.build(config.stack(layers)).tree())
+    expected = TABLES["global-local"] | TABLES["global-local-parity"]
+    assert {key: tree[key] for key in expected} == expected
 
 
 def test_a_fine_tuning_presets_chain_makes_labelled_views_of_its_side():

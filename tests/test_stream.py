@@ -321,6 +321,6 @@ def test_labelled_and_unlabelled_streams_run_at_their_own_pace_and_from_any_step
         whole, stream.node_batches(ours, 2, seed=1), stream.node_batches(theirs, 3, seed=1), strict=False
     ):
         assert all(torch.equal(batch[key], own[key]) for key in own)
-        assert batch.keys() - own.keys() == {"unlabelled_image", "unlabelled_size"}
+        assert batch.keys() - own.keys() == {f"unlabelled_{key}" for key in stream.UNLABELLED_KEYS}
         assert torch.equal(batch["unlabelled_image"], other["image"])
         assert torch.equal(batch["unlabelled_size"], other["size"])
