@@ -164,9 +164,8 @@ def score_volume(
     scores += rows("reference_ml", actual * millilitres) + rows("predicted_ml", predicted * millilitres)
     if metrics == "all":
         hd95, nsd, asd = surface(prediction, reference, volume.spacing_mm, tolerances(classes, tolerance_mm))
-        scores += (
-            rows("hd95_mm", hd95) + rows("nsd", nsd) + rows("asd_mm", asd) + rows("iou", both / (predicted + actual - both))
-        )
+        scores += rows("hd95_mm", hd95) + rows("nsd", nsd) + rows("asd_mm", asd)
+        scores += rows("iou", both / (predicted + actual - both))
         correct = float(counts[2].sum() / counts[1].sum())  # NaN where nothing is annotated
         scores.append(Score(volume.patient, volume.volume, part, "all with background", "accuracy", correct))
     return scores
