@@ -29,7 +29,7 @@ SHAPE = (192, 192, 40)
 SPACING_MM = (0.78, 0.78, 3.0)
 
 
-def write_scans(root: Path, volumes: int) -> list[Path]:
+def write_scans(root: Path, volumes: int = DISTINCT) -> list[Path]:
     """A folder in the Decathlon form: elliptic bodies with two organs, noise, and air around."""
     import nibabel
 
