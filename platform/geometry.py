@@ -387,7 +387,7 @@ def quantise(scaled: NDArray[np.float32], dtype: str) -> tuple[Image, dict[str, 
     largest = 1 if dtype.startswith("float") else np.iinfo(dtype).max
     if largest > 1:
         scaled *= np.float32(largest)
-    elif dtype == "float16" and (reach := float(max(scaled.max(), -scaled.min()))) > np.finfo(dtype).max:
+    elif dtype == "float16" and (reach := float(max(scaled.max(), -scaled.min()))) > float(np.finfo(dtype).max):
         raise ValueError(f"its intensities reach {reach:g}, more than {dtype} holds; set preset.dtype to float32")
     stored = scaled.astype(dtype)
     np.subtract(scaled, stored, out=scaled)
@@ -421,7 +421,7 @@ def peak_bytes(voxels: int, affine: NDArray[Any], shape: tuple[int, ...], channe
     """About the most memory that preparing a scan takes, itself included; `voxels` are the bytes of one as it was read.
 
     Measured (tests/test_geometry.py): the scan, the float32 steps of its resampling, each axis from its old length to its new
-    one, and three times the result.
+    one, and four times the result; more for a body mask and a z-score.
     """
     from_mm, axes = spacing_and_axes(affine, preset.orientation)
     lines = grid(tuple(shape[axis] for axis, _ in axes), from_mm, preset)
@@ -430,9 +430,17 @@ def peak_bytes(voxels: int, affine: NDArray[Any], shape: tuple[int, ...], channe
     for step in sorted(steps):
         size *= step
         most = max(most, size)
+    beside = 12 * preset.body_mask + 4 * (preset.zscore is not None)
     work = 4 * (source if preset.n4 or preset.statistics == "scan" else 0)
     return int(
-        channels * (source * voxels + work + 4 * (most + 2 * size) + preset.depth * size * np.dtype(preset.dtype).itemsize)
+        channels
+        * (
+            source * voxels
+            + work
+            + 4 * (most + 3 * size)
+            + beside * size
+            + preset.depth * size * np.dtype(preset.dtype).itemsize
+        )
     )
 
 

@@ -255,7 +255,7 @@ def test_presets_are_chosen_by_name_and_changed_by_key():
     assert geometry.resolve(info, "ct") == PRESETS["ct"]
     with pytest.raises(UsageError, match='no key "spacing"; did you mean spacing_mm'):
         geometry.resolve(info, None, {"spacing": 1})
-    with pytest.raises(UsageError, match=r'no preset "us"; .*found: ct, mr'):
+    with pytest.raises(UsageError, match=r'no preset "us"; .*found: acdc, acdc-224, ct, mmwhs, mr'):
         geometry.resolve(info, "us")
 
 
@@ -267,7 +267,7 @@ def test_presets_are_chosen_by_name_and_changed_by_key():
         ({"window": (500.0, -500.0)}, "not a low and a high bound"),
         ({"spacing_mm": (1.0, 0.0, 1.0)}, "three positive lengths"),
         ({"spacing_mm": (1.0, 1.0)}, "three positive lengths"),
-        ({"dtype": "float32"}, "more|expected uint8"),
+        ({"dtype": "float64"}, "expected uint8, int16, float16 or float32"),
         ({"pad": -1}, "pad >= 0"),
     ],
 )

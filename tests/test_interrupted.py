@@ -66,8 +66,8 @@ assert ended == 0
 undisturbed, answers, content = state(), [], Store.open(out).content_hash
 dealing = next(k for k, touch in enumerate(touches) if "slices" in touch)
 moments = random.Random(seed)
-chosen = moments.sample(range(1, dealing), 6) + moments.sample(range(dealing, len(touches) + 1), 8)
-for how in [{"die_at": at} for at in chosen] + [{"half": k} for k in (*moments.sample(range(1, writes), 4), writes)]:
+chosen = moments.sample(range(1, dealing), 4) + moments.sample(range(dealing, len(touches) + 1), 6)
+for how in [{"die_at": at} for at in chosen] + [{"half": k} for k in (*moments.sample(range(1, writes), 3), writes)]:
     shutil.rmtree(out)
     ended, _ = run(**how)
     whole = not (out / "manifest.json").exists() or Store.open(out).content_hash == content
@@ -76,10 +76,10 @@ for how in [{"die_at": at} for at in chosen] + [{"half": k} for k in (*moments.s
     answers[-1] += [again == 0 and state() == undisturbed and not list(out.glob(".[!l]*"))]
 shutil.rmtree(out)
 deaths = 0
-while (ended := run(die_at=moments.randrange(20, 160))[0]) != 0:  # a machine that keeps killing it
+while (ended := run(die_at=moments.randrange(20, 120))[0]) != 0:  # a machine that keeps killing it
     deaths += 1
     assert deaths < 99
-answers.append([f"{deaths} deaths", -9 if deaths > 1 else 0, True, state() == undisturbed])
+answers.append([f"{deaths} deaths", -9 if deaths else 0, True, state() == undisturbed])
 print(json.dumps(answers))
 """
 
@@ -107,7 +107,7 @@ def test_killed_at_random_moments_the_next_run_makes_the_same_store(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
-    assert len(answers) == 20
+    assert len(answers) == 15
     for how, ended, whole_or_absent, same in answers:
         assert (ended, whole_or_absent, same) == (-9, True, True), how
 

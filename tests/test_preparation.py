@@ -257,7 +257,7 @@ def test_otsus_threshold_is_simpleitks():
     their = sitk.OtsuThresholdImageFilter()
     their.SetNumberOfHistogramBins(body.BINS)
     their.Execute(sitk.GetImageFromArray(values))
-    assert body.otsu(values) == pytest.approx(their.GetThreshold(), abs=2 * np.ptp(values) / body.BINS)
+    assert body.otsu(values) == pytest.approx(their.GetThreshold(), abs=2 * float(np.ptp(values)) / body.BINS)
 
 
 def coil(shape=(28, 26, 10)):
@@ -269,13 +269,21 @@ def coil(shape=(28, 26, 10)):
 
 
 def test_n4_takes_a_coils_field_away():
-    pytest.importorskip("SimpleITK")
+    """As the filter itself does, whose image is compared with ours; each tissue varies less than before."""
+    sitk = pytest.importorskip("SimpleITK")
     clean, field, tissue = coil()
-    for shrink in (1, 2):
-        done = bias.corrected((clean * field)[None], (1.0, 1.0, 3.0), shrink)[0]
-        for kind in (100.0, 200.0):
-            before, after = ((each[tissue == kind]).std() / each[tissue == kind].mean() for each in (clean * field, done))
-            assert after < before / 4
+    seen = clean * field
+    whole = sitk.GetImageFromArray(np.ascontiguousarray(seen.T, np.float32))
+    whole.SetSpacing((1.0, 1.0, 3.0))
+    their = sitk.N4BiasFieldCorrectionImageFilter()
+    their.SetMaximumNumberOfIterations([50] * 4)
+    their.SetConvergenceThreshold(0.001)
+    expected = sitk.GetArrayFromImage(their.Execute(whole)).T
+    done = bias.corrected(seen[None], (1.0, 1.0, 3.0), 1)[0]
+    assert np.allclose(done, expected, rtol=1e-3)
+    for kind in (100.0, 200.0):
+        before, after = (each[tissue == kind].std() / each[tissue == kind].mean() for each in (seen, done))
+        assert after < before
 
 
 def test_without_simpleitk_one_sentence_says_how_to_get_it(monkeypatch):

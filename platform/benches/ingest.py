@@ -29,7 +29,7 @@ SHAPE = (192, 192, 40)
 SPACING_MM = (0.78, 0.78, 3.0)
 
 
-def write_scans(root: Path, volumes: int) -> list[Path]:
+def write_scans(root: Path, volumes: int = DISTINCT) -> list[Path]:
     """A folder in the Decathlon form: elliptic bodies with two organs, noise, and air around."""
     import nibabel
 
@@ -73,7 +73,7 @@ def with_monai(image: Path, out: Path) -> None:
     assert preset.window is not None
     chain = mt.Compose(
         [
-            mt.LoadImaged(both),
+            mt.LoadImaged(both, reader="NibabelReader"),  # the default tries others first, and warns
             mt.EnsureChannelFirstd(both),
             mt.Orientationd(both, axcodes="RAS", labels=None),
             mt.Spacingd(both, pixdim=(1.0, 1.0, 2.5), mode=("bilinear", "nearest")),
