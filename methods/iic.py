@@ -19,6 +19,7 @@ linear heads are Contrast-You's (https://github.com/jizongFox/Contrast-You). Tra
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Generator, Tensor, nn
 
 from medssl.methods import clusters, pairs, settings
