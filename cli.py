@@ -1,6 +1,7 @@
 """The command line. It parses words and prints answers; what is done lies in platform/. Torch and ray load inside commands."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare, check and look at data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+cluster_app = typer.Typer(help="Files that bring up a cluster, and sweeps that run on one.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
 
 Files = Annotated[list[Path] | None, typer.Option("-p", "--preset", help="YAML files or names of presets, stacked.")]
 Overrides = Annotated[list[str] | None, typer.Option("-o", "--override", help="One setting by dotted name: key=value.")]
@@ -30,6 +33,7 @@ Dims = Annotated[
     typer.Option(min=2, max=3, help="3: train on whole volumes, 2: on slices (default); short for -o network.spatial_dims=3."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+At = Annotated[str | None, typer.Option("--address", help="The cluster's dashboard; default: http://127.0.0.1:8265.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that read volumes; default: one per core.")]
 
 
@@ -56,6 +60,10 @@ def _root(
     from medssl.platform import logs
 
     logs.console(log)
+    if "://" in os.environ.get("MEDSSL_RUNS", ""):  # a store that other machines write, too
+        from medssl.platform.site import Site
+
+        Site.here().refresh()
 
 
 def _print(value: Any, as_json: bool, text: str) -> None:
@@ -104,33 +112,104 @@ def data_list(as_json: Json = False) -> None:
 
 @data_app.command("prepare")
 def data_prepare(
-    source: Annotated[str, typer.Argument(help="A data set's name, or a folder of scans.")],
-    preset: Annotated[str | None, typer.Option(help="How to prepare: ct or mr; default: what the data set says.")] = None,
+    source: Annotated[str, typer.Argument(help="A data set's name, a folder of scans, or a new name for --images.")],
+    images: Annotated[Path | None, typer.Option(help="Your own scans: NIfTI, DICOM, pictures.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Their labels, under the same names.")] = None,
+    datalist: Annotated[Path | None, typer.Option(help="A MONAI datalist instead, its paths below --images or itself.")] = None,
+    subject_regex: Annotated[
+        str | None, typer.Option(help="What in a scan's path says whose it is: '(p[0-9]+)'; default: each its own.")
+    ] = None,
+    classes: Annotated[str, typer.Option(help="What the ids 1, 2 … of --labels are: liver,spleen.")] = "foreground",
+    stacks: Annotated[bool, typer.Option("--stacks", help="A folder of pictures below --images is one volume.")] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="How to prepare: a name that data list shows; default: what the data set says.")
+    ] = None,
     override: Annotated[list[str] | None, typer.Option("-o", help="One field of the preset: spacing_mm=[1,1,1].")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split by patients.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare anew where another preparation lies.")] = False,
     workers: Workers = None,
+    name: Annotated[str | None, typer.Option(help="What the prepared set is called; default: the folder's name.")] = None,
 ) -> None:
     """Read volumes, resample, normalise, and store their slices with a split by patients."""
     from medssl.platform import catalogue
 
+    if images or datalist:
+        paths = {"images": images, "labels": labels, "datalist": datalist}
+        said = {key: None if path is None else str(path.resolve()) for key, path in paths.items()}
+        more = {"subject_regex": subject_regex, "classes": tuple(classes.split(",")), "stacks": stacks}
+        catalogue.remember(name or source, overwrite, **said, **more)
+        source = name or source
+    elif labels or subject_regex:
+        raise UsageError("--labels and --subject-regex belong to --images or --datalist; say where the scans are")
     changes = dict(map(catalogue.preset_change, override or []))
     store = catalogue.prepare(
-        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, say=_aside
+        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, name=name, say=_aside
     )
     typer.echo(catalogue.summary(store))
 
 
 @data_app.command("check")
 def data_check(source: str, as_json: Json = False, workers: Workers = None) -> None:
-    """Look at every scan and report all that is wrong. Exit code 1 when something is."""
+    """Look at every scan and list all that is wrong, then all that is strange. Exit code 1 when something is wrong.
+
+    Damaged and missing files, grids that differ, values that mean nothing, the same scan twice, patients in two parts; and as
+    warnings what is not annotated and what is far from the other volumes. The rules and the form of --json stand at the head
+    of platform/quality.py.
+    """
     from medssl.platform import catalogue
 
-    problems = catalogue.check(source, workers=workers)
-    text = "\n".join(f"{problem.file}: {problem.what}" for problem in problems) or "no problem found"
-    _print([{"file": str(problem.file), "what": problem.what} for problem in problems], as_json, text)
-    if problems:
+    report = catalogue.check(source, workers=workers, say=_aside)
+    _print(report.as_json(), as_json, report.describe())
+    if report.errors:
         raise typer.Exit(1)
+
+
+@data_app.command("split")
+def data_split(
+    source: str,
+    name: Annotated[str, typer.Argument(help="A rule, or a file; see above.")] = "seed-0",
+    as_json: Json = False,
+) -> None:
+    """Draw a split of a prepared set by its name, keep it, and show its patients. Trainings take it as -o data.split=NAME.
+
+    \b
+    seed-N               0.7, 0.1 and 0.2 of the labelled patients train, select and test
+    fold-I-of-K-seed-N   tests on the I-th (from 0) of K folds, which together are all labelled patients
+    …-by-site            the same, every site shared out in proportion; also -by-group, -by-phase
+    official             the parts that the data set publishes
+    FILE.json            {"train": [...], "val": [...], "test": [...]}: names of patients or volumes
+    FILE.csv             the same as columns patient (or volume) and part
+    """
+    from medssl.platform import catalogue
+
+    split = catalogue.split(catalogue.open_store(source, say=_aside), name)
+    parts = {part: list(getattr(split, part)) for part in ("train", "val", "test", "labelled")}
+    lines = [f"{part} ({len(patients)}): {', '.join(patients)}" for part, patients in parts.items()]
+    _print({"name": split.name, **parts}, as_json, "\n".join([f"split {split.name}", *lines]))
+
+
+@data_app.command("card")
+def data_card(
+    source: str,
+    output: Annotated[
+        str, typer.Option("--format", help="html, with its pictures inside, or md, with them beside it.")
+    ] = "html",
+    out: Annotated[Path | None, typer.Option(help="The file; default: card.html or card.md in the set's folder.")] = None,
+) -> None:
+    """Write what a prepared set holds: counts, spacings, intensities, classes, sample slices, licence, quality, hashes."""
+    from medssl.platform import card, catalogue
+
+    typer.echo(str(card.write(catalogue.open_store(source, say=_aside), output, out)))
+
+
+@data_app.command("download")
+def data_download(name: Annotated[str, typer.Argument(help="A data set that lies open, such as Task04_Hippocampus.")]) -> None:
+    """Fetch and unpack a data set that lies open. Typed again, it goes on; of others it tells the page to register at."""
+    from medssl.platform import download
+    from medssl.platform.site import Site
+
+    path = download.download(name, Site.here().data / "downloads", say=_aside)
+    typer.echo(f"{path}\nnext: medssl data prepare {path}")
 
 
 @data_app.command("show")
@@ -207,7 +286,7 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="A fine-tuning's id.")],
-    files: Annotated[list[Path], typer.Argument(help="NIfTI volumes.")],
+    files: Annotated[list[Path], typer.Argument(help="Scans: NIfTI, MetaImage, NRRD, DICOM folders, pictures.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the predicted label volumes.")],
 ) -> None:
     """Segment volumes; each answer lies in its input's own geometry."""
@@ -227,6 +306,15 @@ def export(
     from medssl.platform import export as exports
 
     typer.echo(exports.export(run, target, out))
+
+
+@app.command("import-config")
+def import_config(file: Annotated[Path, typer.Argument(help="A YAML file of the published PDCR and UAFS code.")]) -> None:
+    """Print another code's configuration as settings for -p, and what of it cannot be kept."""
+    from medssl.platform import import_config as importing
+
+    settings, lost = importing.imported(file)
+    typer.echo(importing.text(settings, lost, file, _aside), nl=False)
 
 
 @app.command()
@@ -256,6 +344,10 @@ def sweep(
     max_cost: Annotated[
         float | None, typer.Option(min=0, help="Stop when the sweep's machine-hours, earlier starts included, cost this.")
     ] = None,
+    shutdown: Annotated[
+        bool,
+        typer.Option("--shutdown-when-done", help="Then take down the cluster that this runs on (MEDSSL_SHUTDOWN says how)."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: hours, money, storage, power.")] = False,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="With --dry-run: measure the pace for some seconds.")] = False,
     files: Files = None,
@@ -280,6 +372,7 @@ def sweep(
         against=against,
         price=price,
         max_cost=max_cost,
+        shutdown=shutdown,
         say=_aside,
     )
     typer.echo(answer)
@@ -359,13 +452,71 @@ def report(
 @app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Files of platform/benches/; default: all.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("-o", help="One setting of the bench named: volumes=500.")] = None,
     as_json: Json = False,
 ) -> None:
     """Speed as ratios: ours and a named rival in one run."""
     from medssl.platform import bench as benches
+    from medssl.platform.config import override
 
-    rows = benches.run(names or [], say=_aside)
+    rows = benches.run(names or [], say=_aside, changes=dict(map(override, overrides or [])))
     _print([row.as_dict() for row in rows], as_json, benches.describe(rows))
+
+
+@cluster_app.command("render")
+def cluster_render(
+    kind: Annotated[str, typer.Argument(help="aws, gcp, kubernetes or slurm.")],
+    command: Annotated[list[str] | None, typer.Argument(help="Behind --: what a RayJob or a Slurm job shall run.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("-o", help="One setting: max=4, store=s3://bucket/medssl, sbatch.mem=64G.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print, which is all that render does.")] = False,
+) -> None:
+    """Print the file that brings up a cluster: for `ray up`, `kubectl apply -f` or `sbatch`."""
+    from medssl.platform import cluster
+
+    typer.echo(cluster.render(kind, changes or [], command or []), nl=False)
+
+
+@cluster_app.command("submit", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def cluster_submit(
+    words: Annotated[list[str], typer.Argument(help="What to run there: sweep SPACE --data D …")], address: At = None
+) -> None:
+    """Run a command of medssl on the cluster, as a job that outlives this machine. --address comes first."""
+    from medssl.platform import jobs
+
+    typer.echo(jobs.submit(words, address))
+
+
+@cluster_app.command("status")
+def cluster_status(address: At = None, as_json: Json = False) -> None:
+    """The jobs of medssl on the cluster."""
+    from medssl.platform import jobs
+
+    found = jobs.running(address)
+    _print(found, as_json, jobs.describe(found))
+
+
+@cluster_app.command("logs")
+def cluster_logs(
+    job: Annotated[str | None, typer.Argument(help="A job, or the beginning of its name; default: the newest.")] = None,
+    address: At = None,
+) -> None:
+    """What a job has printed."""
+    from medssl.platform import jobs
+
+    typer.echo(jobs.logs(job, address), nl=False)
+
+
+@cluster_app.command("down")
+def cluster_down(
+    address: At = None,
+    sure: Annotated[bool, typer.Option("--yes", help="Also while a sweep runs; typed again, it goes on.")] = False,
+) -> None:
+    """Take the cluster down, its head included."""
+    from medssl.platform import jobs
+
+    typer.echo(jobs.down(address, sure=sure))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from medssl.methods.mae import first_convolution
 from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import Batch, Loss, Method, Step, Views, intensities
 
+VIEWS = "whole slices"
 LIGHTEST = 1.5  # intensities end here after brightness and contrast
 ROUNDING = 1e-5  # positions are float32: 7/10 of 10 partitions begins the eighth
 
@@ -56,7 +57,7 @@ class Config:
     strategy: Literal["random", "partition-negatives", "partition-positives"] = "partition-positives"
     partitions: int = 4  # S
     side: int | None = (
-        None  # pixels of a view, which shows the whole slice; None: as for pairs of crops, at most 96; paper: 192
+        None  # pixels of a view, which shows the whole slice; None: of the largest, at most 96 (3D: as cubes); paper: 192
     )
     window: float = 100 / 192  # side of a window, as a fraction of the slice's
     starts: tuple[float, float] = (10 / 192, 70 / 192)  # where windows begin, on each axis, as fractions of the slice

@@ -27,7 +27,7 @@ Brightness and contrast are drawn for each image and apart. The loss is the mean
 the number of regions of all maps, 1 and 1.5 times the mean for the two strategies at 3 volumes), a log-sum-exp in float32.
 All other volumes of the batch correspond (there the two others of 3).
 Transfers: the encoder as it came, and the decoder's first `blocks` blocks. The head is dropped. Slices only, and a network
-with the decoder of `networks/unet.py`. This file has no `METHOD` yet, for a pretraining hands on an encoder alone.
+with the decoder of `networks/unet.py`.
 """
 
 import functools
@@ -45,7 +45,12 @@ from medssl.methods.global_contrast import brightened, frames, partition
 from medssl.methods.mae import first_convolution
 from medssl.methods.networks.unet import Decoder
 from medssl.methods.optimizers import decay_groups
-from medssl.methods.protocol import Batch, Loss, Step, Views
+from medssl.methods.protocol import Batch, Loss, Method, Step, Views
+
+ENCODERS = ("unet", "unet_chaitanya")  # networks whose decoders have blocks that can be trained apart
+TRANSFERS = "encoder+decoder"
+VIEWS = "whole slices"
+SLICES_ONLY = True
 
 # The source's 13 regions and the negatives of each, K = 3 and K = 1, as row and column of a grid of 5 x 5 corners.
 PAPER: Mapping[int, Mapping[str, str]] = {
@@ -70,9 +75,7 @@ class Config:
     regions: int | Literal["paper"] = 13  # A: how many, on a generated grid; or the paper's 13 with its table of negatives
     negatives: int = 5  # of each region, from each of the two maps; the source takes 4 for L^D
     partitions: int = 4  # S, of which a slice corresponds to those of its own
-    side: int | None = (
-        None  # pixels of a view, which shows the whole slice; None: as for pairs of crops, at most 96; paper: 192
-    )
+    side: int | None = None  # pixels of a view, which shows the whole slice; None: of the largest, at most 96; paper: 192
     brightness: float = 0.3  # x + o, o uniform in ±
     contrast: float = 0.3  # (x - mean) f + mean, f uniform in 1 ±
     temperature: float = 0.1  # τ
@@ -283,3 +286,6 @@ def terms(u: Tensor, pairs: Tensor, negatives: Tensor, temperature: float) -> Te
         index = negatives.expand(len(pairs), -1, -1)
         rivals = torch.cat([within.gather(2, index), across.gather(2, index)], 2).logsumexp(2)
         return F.softplus(rivals - across.diagonal(dim1=1, dim2=2))
+
+
+METHOD: type[Method] = LocalContrast

@@ -98,6 +98,9 @@ class Method(Protocol):
     It is built around an encoder, whose forward gives maps from the finest to the coarsest and whose `channels` are theirs.
     A method that asks more of it, such as patch tokens, says at the top of its file which networks have such encoders:
     `ENCODERS = ("unetr",)`, a literal, read without importing the file. Others are then refused before anything starts.
+    Three more such literals, each with what holds without it: `TRANSFERS = "encoder+decoder"` ("encoder") for a method that is
+    built around the whole network, and hands on the blocks of its decoder too; `VIEWS = "whole slices"` ("crops"), by which the
+    platform chooses the side of a view; `SLICES_ONLY = True` (False) for one that knows no volumes.
     """
 
     def augment(self, batch: Batch, rng: Generator) -> Views:
@@ -113,4 +116,7 @@ class Method(Protocol):
         """Optimizer groups: `params`, their `weight_decay`, and the keys that `optimizers.py` lists where they differ."""
 
     def transferable_state(self) -> dict[str, Tensor]:
-        """What fine-tuning receives: keys and shapes of the network's encoder (an explicit choice of the method)."""
+        """What fine-tuning receives: keys and shapes of the network's encoder (an explicit choice of the method).
+
+        With TRANSFERS "encoder+decoder" keys of the network: all of `encoder.…`, and those of `decoder.…` that were trained.
+        """

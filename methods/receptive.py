@@ -10,12 +10,15 @@ j being the map's stride, and for the next map
 
 It is read off one forward pass with tensors that have shapes and no values, so that any network whose maps are convolved,
 pooled, padded, joined and up-sampled is understood from its code; norms count as acting on single pixels. What is pooled
-over all of the image is noted (`everywhere`), and otherwise left out. Linear up-sampling counts two whole cells.
+over all of the image is noted (`everywhere`), and otherwise left out; so is attention, be it within windows that shift from
+block to block. Linear up-sampling counts two whole cells.
 """
 
+import contextlib
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,12 +75,19 @@ class Field:
         centre = tuple(c + p * j for c, p, j in zip(self.centre, place, stride, strict=True))
         return replace(self, stride=stride, low=tuple(low), high=tuple(high), centre=centre)
 
-    def joined(self, other: "Field") -> "Field":
-        if self.stride != other.stride:
-            raise ValueError(f"receptive fields: maps of strides {self.stride} and {other.stride} are joined")
-        low, high = map(min, self.low, other.low), map(max, self.high, other.high)
-        local = min(self, other, key=lambda field: field.size)  # the skip, not what came back from below
-        return replace(local, low=tuple(low), high=tuple(high), everywhere=self.everywhere or other.everywhere)
+    @classmethod
+    def joined(cls, fields: Sequence["Field"]) -> "Field":
+        """What the cells see of several maps together; they lie where the one that sees least has them."""
+        first = fields[0]
+        if other := next((field for field in fields if field.stride != first.stride), None):
+            raise ValueError(f"receptive fields: maps of strides {first.stride} and {other.stride} are joined")
+        low = tuple(min(ends) for ends in zip(*(field.low for field in fields), strict=True))
+        high = tuple(max(ends) for ends in zip(*(field.high for field in fields), strict=True))
+        least = min(field.size for field in fields)
+        local = [field for field in fields if field.size == least]  # the skip, not what came back from below
+        centre = tuple(sum(places) / len(local) for places in zip(*(field.centre for field in local), strict=True))
+        everywhere = any(field.everywhere for field in fields)
+        return replace(local[0], low=low, high=high, centre=centre, everywhere=everywhere)
 
 
 def fields(network: nn.Module, names: Iterable[str]) -> dict[str, Field]:
@@ -86,14 +96,52 @@ def fields(network: nn.Module, names: Iterable[str]) -> dict[str, Field]:
     Raises ValueError for a name that does not exist, does not run, or gives no map of the image.
     """
     modules = named(network, names)
-    first = next((m for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
-    if first is None:
-        raise ValueError(f"receptive fields: the network {type(network).__name__} has no convolution to start from")
+    found = _followed(network, modules)
+    return {name: _checked(name, *found.get(name, (None, None))) for name in modules}
+
+
+def maps(network: nn.Module) -> dict[str, Field]:
+    """The fields of all maps that the outer modules of encoder and decoder return, in the order in which they are made.
+
+    Outer are the children of the network's parts, or what their lists hold, or a sequence that does not run as a whole; parts
+    without children, such as a head, and what gives no map are left out.
+    """
+    known = dict(network.named_modules())
+    names = [name for part, module in network.named_children() if part != "head" for name in _outer(part, module)]
+    followed, found = _followed(network, {name: known[name] for name in names if name in known}), dict[str, Field]()
+    for name, seen in followed.items():
+        if name.rpartition(".")[0] not in followed:
+            with contextlib.suppress(ValueError):
+                found[name] = _checked(name, *seen)
+    return found
+
+
+def _outer(name: str, module: nn.Module, depth: int = 0) -> Iterator[str]:
+    held = isinstance(module, nn.ModuleList | nn.ModuleDict)
+    if depth and not held:
+        yield name
+        if not isinstance(module, nn.Sequential):
+            return
+    for own, child in module.named_children():
+        if own != "gate":  # the head of UAFS is not a map of the network
+            yield from _outer(f"{name}.{own}", child, depth + 1)
+
+
+def listed(found: Mapping[str, Field]) -> str:
+    """Modules with the resolution of their maps, for an error."""
+    return ", ".join(f"{name} (1/{'x'.join(map(str, sorted(set(field.stride))))})" for name, field in found.items())
+
+
+def _followed(network: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, tuple[Field | None, Any]]:
+    """What these modules return in one pass, with its field, in the order of the pass."""
+    first = _entrance(network)
     image = torch.empty(1, first.in_channels, *[PROBE] * (first.weight.dim() - 2), device="meta")
-    trace, found = _Trace(image), {}
+    trace, found = _Trace(image), dict[str, tuple[Field | None, Any]]()
+    times = Counter[str]()
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            times[name] += 1
             found[name] = trace.of(output), output
 
         return hook
@@ -104,13 +152,26 @@ def fields(network: nn.Module, names: Iterable[str]) -> dict[str, Field]:
     try:
         network.eval()
         with torch.no_grad(), trace:
-            torch.func.functional_call(network, shapes, (image,))
+            torch.func.functional_call(network, shapes, (image,), tie_weights=False)
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    return {name: _checked(name, *found.get(name, (None, None))) for name in modules}
+    return {name: seen for name, seen in found.items() if times[name] == 1}  # what runs again makes several maps
+
+
+def dimensions(network: nn.Module) -> int:
+    """Of the images that the network reads: 2 or 3."""
+    dims: int = _entrance(network).weight.dim() - 2
+    return dims
+
+
+def _entrance(network: nn.Module) -> Any:
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
+    if first is None:
+        raise ValueError(f"receptive fields: the network {type(network).__name__} has no convolution to start from")
+    return first
 
 
 def named(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -125,8 +186,9 @@ def named(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def _tensors(network: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from network.named_parameters()
-    yield from network.named_buffers()
+    for name, module in network.named_modules():  # one that has two names, once; a weight that two share, twice
+        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            yield f"{name}.{own}".lstrip("."), tensor
 
 
 def _checked(name: str, field: Field | None, output: Any) -> Field:
@@ -161,12 +223,12 @@ class _Trace(TorchFunctionMode):
         given = [x for x in _flat((*args, *kwargs.values())) if id(x) in self.known]
         before = [self.known[id(x)] for x in given]
         out = func(*args, **kwargs)
+        if given and getattr(func, "__name__", "") in APART:
+            for part in out:
+                self._set(part, before[0])
         if given and isinstance(out, Tensor):
             local = [field for field in before if field is not None]
-            field = local[0] if local else None
-            for other in local[1:]:
-                assert field is not None
-                field = field.joined(other)
+            field = local[0] if len(local) == 1 else Field.joined(local) if local else None
             if field is not None and len(local) < len(before):
                 field = replace(field, everywhere=True)
             rule = RULES.get(getattr(func, "__name__", ""))
@@ -254,15 +316,31 @@ def _padded(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Fie
     return replace(field, low=low, high=high, centre=centre)
 
 
+def _strided(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Field:
+    """x[…, a::s, b::s, …], every s-th cell along each axis, wherever in the tensor the axes are."""
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    taken = [each for each in index if isinstance(each, slice) and (each.step or 1) > 1]
+    if len(taken) != len(field.stride):
+        return field
+    ones, first = [1] * len(taken), [each.start or 0 for each in taken]
+    return field.windowed(ones, [each.step for each in taken], [-start for start in first], ones)
+
+
+def _attended(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Field:
+    return replace(field, everywhere=True)
+
+
 def _global(field: Field, x: Tensor, out: Tensor, args: Any, kwargs: Any) -> Field | None:
     if math.prod(out.shape[2:]) == 1:
         return None
     raise ValueError("receptive fields: adaptive pooling is followed only to a single cell")
 
 
+APART = ("unbind", "chunk", "split")  # q, k, v = x is the first of them
 WINDOW = ("stride", "padding", "dilation")
 AXES = ("1d", "2d", "3d")
-RULES: dict[str, Callable[..., Field | None]] = {"interpolate": _interpolated, "pad": _padded}
+RULES: dict[str, Callable[..., Field | None]] = {"interpolate": _interpolated, "pad": _padded, "__getitem__": _strided}
+RULES |= {"softmax": _attended, "scaled_dot_product_attention": _attended}
 RULES |= {f"conv{d}": _convolved for d in AXES} | {f"conv_transpose{d}": _transposed for d in AXES}
 RULES |= {f"{kind}_pool{d}": _pooled for kind in ("max", "avg") for d in AXES}
 RULES |= {f"adaptive_{kind}_pool{d}": _global for kind in ("max", "avg") for d in AXES}

@@ -23,7 +23,8 @@ see the statistics of one kind of crop at a time, and their running statistics f
 however they were stacked: sums, draws and states are then equal bit by bit.
 Defaults are the fine-tuning of the CT study (https://github.com/dittohed/exploring-ssl-for-ct): two crops per slice, half
 of them centred on foreground, a milder chain without zoom. `crop=resized` takes random-resized boxes instead (the law of
-`crops.py`), a label being that of the nearest pixel. Transfers: the whole network, or what a hook has predict in its place.
+`crops.py`), a label being that of the nearest pixel; `affine_p` and `elastic_p` deform crops after that (`deform.py`).
+Transfers: the whole network, or what a hook has predict in its place.
 
 While `freeze_encoder` lasts, the encoder's parameters do not change by a bit. Nothing else about it is switched off: dropout
 and drop path stay as in training, and batch norms inside it go on normalising by the batch while their running statistics
@@ -41,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from medssl.methods import augment, crops, gather, settings
+from medssl.methods import augment, colour, crops, deform, gather, settings
 from medssl.methods.augment import Pair
 from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import UNLABELLED, Batch, Loss, Method, Step, Views
@@ -51,7 +52,7 @@ SMOOTH = 1e-5  # ε: a class absent from prediction and label has Dice 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(settings.Chain):
+class Config(settings.Chain, settings.Deformation, settings.Pictures):
     side: int | None = None  # pixels of a crop; None: 96, or less where the slices are smaller
     crops: int = 2  # per slice and step
     balanced: bool = True  # centre a crop on foreground or background, each half of the time; else anywhere
@@ -248,6 +249,10 @@ class Segment(nn.Module):
         image, label, size = (batch[key].repeat_interleave(self.config.crops, 0) for key in ("image", "label", "size"))
         corner, extent = self._boxes(label, size, side, rng)
         images, labels = augment.labelled_view(image, label, corner, side, self.config, rng, extent)
+        if self.config.affine_p or self.config.elastic_p:
+            images, labels = deform.deformed(images, labels, self.config, rng)
+        if self.config.warp_p or self.config.colour_p:
+            images, labels = colour.varied(images, labels, self.config, rng)
         views = Views([images], [corner], [torch.full_like(corner, side) if extent is None else extent], labels)
         pair: Any = self._pair(batch, side, rng) if self.fed else None
         drawn = {name: dict(hook.draw(pair, rng)) for name, hook in self.active.items()}

@@ -117,6 +117,60 @@ class Chain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Deformation:
+    """Affine and elastic deformation of labelled slices, off unless asked for (see `deform.py`)."""
+
+    affine_p: float = 0.0  # of an image to have one of four affine deformations (source: 0.8)
+    rotation: float = 15.0  # degrees, uniform in ±
+    rescale: tuple[float, float] = (0.95, 1.05)
+    elastic_p: float = 0.0  # (source: about 0.525)
+    elastic_sigma: float = 5.0  # pixels: standard deviation of the displacement of a node
+    elastic_nodes: int = 3  # per axis
+
+    def __post_init__(self) -> None:
+        if not all(0 <= p <= 1 for p in (self.affine_p, self.elastic_p)):
+            raise ValueError(f"affine_p is {self.affine_p} and elastic_p {self.elastic_p}: a probability lies in [0, 1]")
+        if not 0 < self.rescale[0] <= self.rescale[1] or self.rotation < 0:
+            raise ValueError(f"rescale {self.rescale}: expected 0 < low <= high; rotation {self.rotation}: at least 0")
+        if self.elastic_sigma < 0 or self.elastic_nodes < 2:
+            raise ValueError(
+                f"elastic_sigma is {self.elastic_sigma} and elastic_nodes {self.elastic_nodes}: expected at least 0 and 2"
+            )
+        super_check = getattr(super(), "__post_init__", None)
+        if super_check:
+            super_check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Warps and changes of colour of labelled pictures, off unless asked for (see `colour.py`); numbers are PDCR's."""
+
+    warp_p: float = 0.0  # of a picture to be warped (source: 1)
+    warp_scale: tuple[float, float] = (0.8, 1.2)  # of columns and rows, each its own
+    warp_shift: float = 0.1  # of columns and rows, each its own, uniform in ± this share of the side
+    warp_rotation: float = 90.0  # degrees, uniform in ±
+    warp_shear: float = 20.0  # degrees, uniform in ±
+    colour_p: float = 0.0  # of a picture of three channels to change its colours (source: 1)
+    hue: float = 50 / 255  # share of the circle, uniform in ±
+    saturation: float = 50 / 255  # added, uniform in ±
+    brightness: float = 0.0  # added to the value, uniform in ±
+
+    def __post_init__(self) -> None:
+        if not all(0 <= p <= 1 for p in (self.warp_p, self.colour_p)):
+            raise ValueError(f"warp_p is {self.warp_p} and colour_p {self.colour_p}: a probability lies in [0, 1]")
+        if not 0 < self.warp_scale[0] <= self.warp_scale[1] or not 0 <= self.warp_shear < 45:
+            raise ValueError(
+                f"warp_scale {self.warp_scale}: expected 0 < low <= high; warp_shear {self.warp_shear}: 0 to below 45"
+            )
+        ranges = (self.warp_shift, self.warp_rotation, self.hue, self.saturation, self.brightness)
+        if min(ranges) < 0:
+            raise ValueError(f"warp_shift, warp_rotation, hue, saturation, brightness are {ranges}: each at least 0")
+        super_check = getattr(super(), "__post_init__", None)
+        if super_check:
+            super_check()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelfDistillation(PairCrops, Chain):
     """Views, head and teacher of DINO (see `dino.py`) and of what is built on it."""
 
@@ -194,6 +248,27 @@ class TeacherHook(Hook):
         super().__post_init__()
         if not (0 <= self.momentum <= 1 and 0 <= self.decay < 1):
             raise ValueError(f"momentum is {self.momentum} and decay {self.decay}: expected 0 to 1, and 0 to less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UAFS:
+    """Maps weighted by how certain a small head is of each position (see `uafs.py`)."""
+
+    layers: tuple[str, ...] | None = None  # modules of the network, after which maps are weighted; None: the paper's
+    outcomes: int = 2  # M; it has nothing to do with the number of classes
+    hidden: int | None = 16  # channels inside the head; None: a quarter of the map's (the paper's choice in 3D)
+    kernel: int = 3  # of its first convolution, odd
+    dropout: float = 0.0  # inside the head (paper: 0.1 in pyramid and decoder)
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise ValueError(f"layers is {self.layers}: expected names of modules, each once")
+        if min(self.outcomes, self.hidden or 1) < 1 or self.hidden == 0:
+            raise ValueError(f"outcomes is {self.outcomes} and hidden {self.hidden}: expected at least 1")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel is {self.kernel}: expected an odd number, so that maps keep their sides")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: expected a probability below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

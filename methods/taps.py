@@ -70,9 +70,10 @@ class Taps:
             raise ValueError(f'taps: the module "{name}" runs twice in one pass, so that its features are not one map')
         self.current[name] = output if isinstance(output, Tensor) else output[-1]
 
-    def _end(self, network: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _end(self, network: nn.Module, inputs: Any, output: Tensor | Sequence[Tensor]) -> None:
         if network is self.network() and self.current is not None:
-            self.passes[output], self.current = self.current, None
+            logits = output if isinstance(output, Tensor) else output[0]  # deep supervision: the finest come first
+            self.passes[logits], self.current = self.current, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Taps":
         """Itself: copies of the network, such as teachers, are not tapped."""

@@ -9,8 +9,12 @@ Segmentation", IEEE TMI 2022, https://arxiv.org/abs/2201.08779. After any module
 
 Nothing supervises the head but the loss of the network, so this is a learnt gate and no calibrated uncertainty; no label is
 needed, in training or after. With M = 1 its head learns nothing. Differences from the paper: batch norms are joint over all
-workers; where M is 1 the paper's code divides 0 by 0, though it publishes such a row. The default places are
-the paper's seven in `networks/deeplab.py`. In two and three dimensions.
+workers; where M is 1 the paper's code divides 0 by 0, though it publishes such a row; its heads of pyramid and decoder have
+a dropout of 0.1 besides. The default places are the paper's seven in `networks/deeplab.py` with Xception, and elsewhere
+those of its 3D code: after each stage of the decoder. In two and three dimensions.
+
+In a run it is a setting of fine-tuning, `-o finetune.uafs={}` or `-o "finetune.uafs.layers=[decoder.blocks.0]"`: it is inserted
+after given weights and before hooks, so that these see weighted maps, and comes back wherever the run's network does.
 
 `insert` puts a `Selected` in the place of each named module, so that a network's parameters change their names:
 "NAME.…" becomes "NAME.module.…", and "NAME.gate.…" is new. Load weights that were made without it before inserting;
@@ -19,40 +23,14 @@ what is inserted inside the encoder transfers with it, and only into an encoder 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from medssl.methods import receptive
+from medssl.methods import receptive, settings
 from medssl.methods.gather import JointBatchNorm
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    layers: tuple[str, ...] = (  # names of modules of the network, after which maps are weighted
-        "encoder.stem1",
-        "encoder.stem2",
-        "encoder.exit3",
-        "encoder.exit4",
-        "encoder.exit5",
-        "decoder.low",
-        "decoder.join",
-    )
-    outcomes: int = 2  # M; it has nothing to do with the number of classes
-    hidden: int | None = 16  # channels inside the head; None: a quarter of the map's (the paper's choice in 3D)
-    kernel: int = 3  # of its first convolution, odd
-    dropout: float = 0.0  # inside the head (paper: 0.1 in pyramid and decoder)
-
-    def __post_init__(self) -> None:
-        if not self.layers or len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers is {self.layers}: expected names of modules, each once")
-        if min(self.outcomes, self.hidden or 1) < 1 or self.hidden == 0:
-            raise ValueError(f"outcomes is {self.outcomes} and hidden {self.hidden}: expected at least 1")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel is {self.kernel}: expected an odd number, so that maps keep their sides")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: expected a probability below 1")
+PAPER = ("encoder.stem1", "encoder.stem2", "encoder.exit3", "encoder.exit4", "encoder.exit5", "decoder.low", "decoder.join")
 
 
 def normalised_entropy(logits: Tensor) -> Tensor:
@@ -72,7 +50,7 @@ def selected(x: Tensor, logits: Tensor) -> Tensor:
 class Gate(nn.Sequential):
     """The head: a map (n, c, *) to the logits (n, M, *) of outcomes without a meaning."""
 
-    def __init__(self, channels: int, config: Config, spatial_dims: int):
+    def __init__(self, channels: int, config: settings.UAFS, spatial_dims: int):
         hidden = config.hidden or max(channels // 4, 1)
         convolution = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
         super().__init__(
@@ -96,19 +74,37 @@ class Selected(nn.Module):
         return selected(x, self.gate(x))
 
 
-def insert(network: nn.Module, config: Config | None = None) -> nn.Module:
+def insert(network: nn.Module, config: settings.UAFS | None = None) -> nn.Module:
     """Weight the maps of the named modules of `network`, in place; returns it.
 
     Raises ValueError for a name that the network does not have, or a module that gives no map, changing nothing.
     """
-    config = config or Config()
-    found = receptive.fields(network, config.layers)
+    config = config or settings.UAFS()
+    names = places(network) if config.layers is None else config.layers
+    try:
+        found = receptive.fields(network, names)
+    except ValueError as error:
+        raise ValueError(f"uafs: {error}; usable modules: {receptive.listed(receptive.maps(network))}") from error
     device = next(network.parameters()).device
     gates = {name: Gate(field.channels, config, len(field.stride)).to(device) for name, field in found.items()}
-    for name in _deepest_first(config.layers):  # so that a module inside another keeps the name it was given
+    for name in _deepest_first(names):  # so that a module inside another keeps the name it was given
         parent, _, own = name.rpartition(".")
         setattr(network.get_submodule(parent), own, Selected(network.get_submodule(name), gates[name]))
     return network
+
+
+def places(network: nn.Module) -> tuple[str, ...]:
+    """The paper's: seven in DeepLabV3+ with Xception, else the last map of the decoder at each resolution, as in its 3D code.
+
+    Raises ValueError for a network whose decoder has no map.
+    """
+    known = dict(network.named_modules())
+    if all(name in known for name in PAPER):
+        return PAPER
+    last = {field.stride: name for name, field in receptive.maps(network).items() if name.startswith("decoder.")}
+    if not last:
+        raise ValueError(f"uafs: the decoder of {type(network).__name__} gives no map; name modules in `layers`")
+    return tuple(last.values())
 
 
 def _deepest_first(names: Sequence[str]) -> list[str]:

@@ -21,6 +21,10 @@ def _room(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(f"{path}: no space left on the disk; free some or choose another folder, then run again") from error
+        if error.errno == errno.EFBIG:
+            raise RunError(
+                f"{path}: larger than a file may be here (ulimit -f); raise the limit, or choose another folder"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise RunError(f"{path}: may not be written here ({error.strerror}); choose another folder") from error
         raise

@@ -1,11 +1,13 @@
 """Speed as ratios. Each file of benches/ is one comparison: `run()` yields rows, ours and a named rival in one run."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from medssl.platform import find
+from medssl.platform.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,22 @@ class Row:
         return {**dataclasses.asdict(self), "ratio": self.ratio}
 
 
-def run(names: Sequence[str], say: Callable[[str], None]) -> list[Row]:
-    """Run the named benches one after another; all of them when none is named."""
+def run(names: Sequence[str], say: Callable[[str], None], changes: Mapping[str, Any] | None = None) -> list[Row]:
+    """Run the named benches one after another; all of them when none is named.
+
+    changes    arguments of one named bench's `run`, such as how many volumes
+    """
+    changes = changes or {}
+    if changes and len(names) != 1:
+        raise UsageError(f"-o {' -o '.join(changes)}: is said of one bench; name it, as in medssl bench ingest -o volumes=500")
     rows = []
     for name in names or find.names("bench"):
         module = find.load("bench", name)
+        for key in changes:
+            if key not in (known := inspect.signature(module.run).parameters):
+                raise UsageError(f'bench {name} has no setting "{key}"; {find.nearest(key, known)}')
         say(f"bench {name}: {find.summary('bench', name)}")
-        rows += module.run()
+        rows += module.run(**changes)
     return rows
 
 

@@ -40,8 +40,8 @@ def measure(chains: Sequence[Chain], store: Store, split: Split, say: Callable[[
     with tempfile.TemporaryDirectory() as folder, connected(None) if streamed else contextlib.nullcontext():
         work = stages.Work(Site(data=store.root.parent, runs=Path(folder)), store.root, split)
         for chain in chains:
-            for stage in chain.stages[:2]:
-                key = keys(stage.kind, chain.experiment.tree())[1]
+            for stage in (*chain.pretrainings, *chain.finetunings[:1]):
+                key = keys(stage.kind, stage.seen(chain.experiment).tree())[1]
                 if key not in found:
                     say(f"measuring {stage.kind} for {SECONDS:.0f} s")
                     found[key] = _pace(stages.Job(chain, stage, work), store)
@@ -49,7 +49,7 @@ def measure(chains: Sequence[Chain], store: Store, split: Split, say: Callable[[
 
 
 def _pace(job: stages.Job, store: Store) -> Pace:
-    experiment, stage = job.chain.experiment, job.stage
+    experiment, stage = job.stage.seen(job.chain.experiment), job.stage
     resources = experiment.resources
     gpu = bool(resources.gpus) if resources.gpus is not None else torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
@@ -58,7 +58,7 @@ def _pace(job: stages.Job, store: Store) -> Pace:
         torch.cuda.reset_peak_memory_stats()
     part = _shared(experiment.pretrain if stage.kind == "pretrain" else experiment.finetune, resources.workers)
     network = stages.network(experiment, store.channels, len(store.classes))
-    method = find.load("method", part.name).METHOD(network.encoder if stage.kind == "pretrain" else network, part.settings)
+    method = find.load("method", part.name).METHOD(stages.trained(part, network), part.settings)
     step, checkpoint = _step(job, part, method, device)
     fixed = _scoring(job, method, network, store) if stage.kind == "finetune" else 0.0
     kept = method.transferable_state() if stage.kind == "pretrain" else network.state_dict()

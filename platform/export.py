@@ -7,8 +7,9 @@
                   unetr           VisionTransformer without a classifier, in 2D
     nnunet        unet            PlainConvUNet (`down: stride`), as `nnUNetv2_train -pretrained_weights` reads it
 
-timm receives the encoder; monai and nnunet the whole network, whose decoder and head are fresh after a pretraining: strict
-loading wants every key. Whatever has no equal in a library is refused, in a sentence that names what can be exported.
+timm receives the encoder; monai and nnunet the whole network, whose decoder and head are fresh after a pretraining, but for
+blocks that were pretrained: strict loading wants every key. Whatever has no equal in a library is refused, in a sentence that
+names what can be exported.
 
 Three places need more than new names:
     BasicUNet   up-samples to the finest level with twice our channels; the second half is 0, and stays so in training
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medssl import __version__
+from medssl.methods import settings
 from medssl.methods.networks import unet
 from medssl.platform import atomic, checkpoint, config, find, stages
 from medssl.platform.config import Part
@@ -59,6 +61,7 @@ class Trained:
     channels: int
     classes: int
     card: Mapping[str, Any]  # how the weights came to be, and what they want; plain values
+    uafs: settings.UAFS | None = None  # with which the network was fine-tuned
 
     @property
     def whole(self) -> bool:
@@ -104,24 +107,30 @@ def read(run: str) -> Trained:
     experiment, store = config.build(said["config"]), Store.open(Path(said["store"]))
     torch.manual_seed(said["encoder_seed"])
     network = stages.network(experiment, store.channels, len(store.classes)).eval()
+    selective = None if said["kind"] == "pretrain" else experiment.finetune.uafs
     if said["kind"] == "pretrain":
         saved = checkpoint.load(folder / "encoder.pt")
         network.encoder.load_state_dict(saved["encoder"])
+        network.load_state_dict(saved.get("decoder", {}), strict=False)  # the blocks of it that were pretrained, if any
         method, chain, step = experiment.pretrain, saved["card"]["chain"], saved["card"]["steps"]
     else:
         saved = checkpoint.load(folder / "best.pt")
+        network = stages.selective(network, experiment).eval()
         network.load_state_dict(saved["network"])
         method, chain, step = experiment.finetune, saved["chain"], saved["step"]
     assert method is not None
     card = {"run": folder.name, "kind": said["kind"], "method": method.name, "chain": chain, "step": step, "seed": said["seed"]}
+    card |= {"uafs": dataclasses.asdict(selective)} if selective else {}
     card |= {"network": experiment.tree()["network"], "channels": store.channels, "classes": store.classes, "data": store.name}
     card |= {"preprocessing": dataclasses.asdict(store.preset), "licence": store.licence, "citation": store.citation}
     plain = json.loads(json.dumps(card | {"medssl": __version__}))
-    return Trained(folder.name, network, experiment.network, store.channels, len(store.classes), plain)
+    return Trained(folder.name, network, experiment.network, store.channels, len(store.classes), plain, selective)
 
 
 def convert(trained: Trained, target: str) -> Foreign:
     """The network as `target` has it. Raises UsageError where it has none, naming the targets that have."""
+    if trained.uafs:
+        raise UsageError(f"{trained.id} cannot be exported to {target}: no library has UAFS; --to safetensors can be had")
     try:
         return CONVERT[target](trained)
     except _NoEqual as error:
@@ -168,9 +177,11 @@ def _safetensors(trained: Trained, path: Path) -> list[str]:
     content = save(tensors, metadata={"format": "pt", **said})
     atomic.write(path, lambda file: file.write(content))
     part, name = trained.part, type(trained.network).__name__
+    selective = [f"from medssl.methods.uafs import insert, settings; insert(network, settings.{trained.uafs})"]
     return [
         f"from safetensors.torch import load_file; from medssl.methods.networks.{part.name} import {name}, Config",
         f"network = {name}({trained.channels}, {trained.classes}, {part.settings})",
+        *(selective if trained.uafs else []),
         f"network{'' if trained.whole else '.encoder'}.load_state_dict(load_file({str(path)!r}))",
     ]
 

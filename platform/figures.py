@@ -80,6 +80,16 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """How often something of a data set is how large: counts between edges."""
+
+    title: str
+    unit: str
+    edges: Sequence[float]
+    counts: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Spent:
     """The stages of one kind: planned and done, and their hours so far and to come (None: not known yet)."""
 
@@ -497,6 +507,40 @@ def realised(histograms: Sequence[Histogram]) -> Figure:
         for axes in grid[:, 0]:
             axes.set_ylabel("pairs (%)")
         _below(grid, len(shown), "IoU of the two crops of a pair")
+    return figure
+
+
+def distributions(panels: Sequence[Distribution]) -> Figure:
+    """A histogram per panel, three in a row; counts from 0."""
+    with _styled():
+        rows = -(-len(panels) // 3)
+        figure = _figure(0.2 + 1.75 * rows)
+        grid = figure.subplots(rows, min(len(panels), 3), squeeze=False)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            axes.bar(panel.edges[:-1], panel.counts, np.diff(panel.edges), align="edge", color=PALETTE[0], linewidth=0)
+            axes.set_title(panel.title)
+            axes.set_xlabel(panel.unit)
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.grid(axis="y")
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.set_axis_off()
+    return figure
+
+
+def frequencies(shares: Mapping[str, float], label: str) -> Figure:
+    """A bar per name, on a logarithmic axis where they differ by more than a hundredfold; what is 0 has none."""
+    with _styled():
+        figure = _figure(0.6 + 0.24 * len(shares))
+        axes = figure.subplots()
+        axes.barh(range(len(shares)), list(shares.values()), color=PALETTE[0], height=0.7)
+        axes.set_yticks(range(len(shares)), [_short(name) for name in shares])
+        axes.invert_yaxis()
+        above = [share for share in shares.values() if share > 0]
+        if above and max(above) > 100 * min(above):
+            axes.set_xscale("log")
+        axes.grid(axis="x")
+        axes.set_xlabel(label)
     return figure
 
 

@@ -136,7 +136,10 @@ def score_volume(
     tolerance_mm   of NSD, k-1; None: TOLERANCE_MM each
     metrics        "dice": without the distances, which cost most; "all"; "legacy": the IoU study's score alone
 
-    Beside Dice stand `reference_ml` and `predicted_ml`: they tell a missed class from a hallucinated one.
+    "all" also has `iou`, the overlap over the union (Jaccard), and `accuracy`, the share of annotated voxels that are right,
+    the background being a class like any other: PDCR's mIoU and Acc (mDice is `dice`), of foreground classes alone where its
+    code as shipped counts the background, and not rounded. Beside Dice stand `reference_ml` and `predicted_ml`: they tell a
+    missed class from a hallucinated one.
     Raises RunError when the volume carries no label.
     """
     if volume.label is None:
@@ -154,13 +157,18 @@ def score_volume(
     if metrics == "legacy":
         value = legacy_slice_dice(prediction, reference)
         return [Score(volume.patient, volume.volume, part, "all with background", LEGACY, value)]
-    predicted, actual, both = _counts(prediction, reference)[:, 1 : len(classes)]
+    counts = _counts(prediction, reference)
+    predicted, actual, both = counts[:, 1 : len(classes)]
     millilitres = math.prod(volume.spacing_mm) / 1000
     scores = rows("dice", 2 * both / (predicted + actual))
     scores += rows("reference_ml", actual * millilitres) + rows("predicted_ml", predicted * millilitres)
     if metrics == "all":
         hd95, nsd, asd = surface(prediction, reference, volume.spacing_mm, tolerances(classes, tolerance_mm))
-        scores += rows("hd95_mm", hd95) + rows("nsd", nsd) + rows("asd_mm", asd)
+        scores += (
+            rows("hd95_mm", hd95) + rows("nsd", nsd) + rows("asd_mm", asd) + rows("iou", both / (predicted + actual - both))
+        )
+        correct = float(counts[2].sum() / counts[1].sum())  # NaN where nothing is annotated
+        scores.append(Score(volume.patient, volume.volume, part, "all with background", "accuracy", correct))
     return scores
 
 

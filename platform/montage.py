@@ -1,7 +1,8 @@
 """A picture of a prepared data set: slices of some volumes, with the contours of their classes.
 
 Slices are shown as a radiologist sees them: the patient's right on the left of the picture, anterior on top. The window is the
-stored range, so what is black or white here is black or white for the network.
+stored range, so what is black or white here is black or white for the network; numbers without bounds (z-scores) are shown from
+the 1st to the 99th percentile of the volume. What nobody annotated is hatched.
 """
 
 import io
@@ -42,7 +43,13 @@ def heights(label: NDArray[np.uint8] | None, slices: int) -> list[int]:
 
 
 def show(store: Store, path: Path, volumes: int | Sequence[str] = 4) -> None:
-    """Write a PNG: a row per volume, from its lower to its higher slices; its first channel.
+    """Write `picture` to a file."""
+    content = picture(store, volumes)
+    atomic.write(path, lambda file: file.write(content))
+
+
+def picture(store: Store, volumes: int | Sequence[str] = 4) -> bytes:
+    """A PNG: a row per volume, from its lower to its higher slices; its first channel. Equal stores give equal bytes.
 
     volumes    their names, or how many
     """
@@ -59,24 +66,37 @@ def show(store: Store, path: Path, volumes: int | Sequence[str] = 4) -> None:
     for line, record in zip(axes, rows, strict=True):
         image, label = store.arrays(record.volume)
         across, along, _ = record.spacing_mm
-        top = np.iinfo(image.dtype).max if image.dtype.kind in "iu" else 1
+        low, top = window(image[:, 0])
         for axis in line:
             axis.set_axis_off()
         for axis, k in zip(line, heights(label, record.slices), strict=False):
             axis.imshow(
-                radiological(image[k, 0]), cmap="gray", vmin=0, vmax=top, aspect=along / across, interpolation="nearest"
+                radiological(image[k, 0]), cmap="gray", vmin=low, vmax=top, aspect=along / across, interpolation="nearest"
             )
             axis.set_title(f"{record.volume[:22]}  {k + 1}/{record.slices}", color="0.8", fontsize=6, pad=2)
             plane = np.zeros_like(image[k, 0]) if label is None else radiological(label[k])
+            if (plane == UNLABELLED).any():
+                axis.contourf(plane == UNLABELLED, [0.5, 1.5], colors="none", hatches=["////"])
             for number in np.intersect1d(plane, np.arange(1, len(store.classes))):
                 axis.contour(plane == number, [0.5], colors=[colours(int(number))], linewidths=0.8)
     keys = [Patch(color=colours(number), label=name) for number, name in enumerate(store.classes) if number]
-    figure.legend(
-        handles=keys, loc="outside lower center", ncols=min(len(keys), 7), fontsize=7, labelcolor="white", frameon=False
-    )
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format="png", bbox_inches="tight", pad_inches=0.1)
-    atomic.write(path, lambda file: file.write(picture.getvalue()))
+    if any(record.labelled for record in rows):
+        figure.legend(
+            handles=keys, loc="outside lower center", ncols=min(len(keys), 7), fontsize=7, labelcolor="white", frameon=False
+        )
+    made = io.BytesIO()
+    figure.savefig(made, dpi=130, format="png", bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
+    return made.getvalue()
+
+
+def window(channel: NDArray[Any]) -> tuple[float, float]:
+    """What is black and what is white: the range of the storage type; of floats 0 and 1, or percentiles where they leave it."""
+    if channel.dtype.kind in "iu":
+        return 0.0, float(np.iinfo(channel.dtype).max)
+    if channel.min() >= 0 and channel.max() <= 1:
+        return 0.0, 1.0
+    low, high = np.percentile(channel[:: max(1, len(channel) // 20)], (1, 99))
+    return float(low), float(max(high, low + 1e-6))
 
 
 def _colours(count: int) -> list[tuple[float, ...]]:

@@ -9,8 +9,9 @@ not depend on the number of workers.
 
 So a volume comes in every epoch, and a slice in every so many epochs as its cell has slices. A volume too short to have a slice
 in each partition leaves cells empty. The place is then taken by a slice of the same partition from a volume that follows
-in the permutation, or, when all volumes of the partition are in the batch already, by a further slice of theirs. No slice
-comes twice in a batch, and every batch has m S slices, m of each partition.
+in the permutation, or, when all volumes of the partition are in the batch already, by a further slice of theirs; so it is
+with all places where there are fewer volumes than m. No slice comes twice in a batch, and every batch has m S slices, m of
+each partition.
 """
 
 import itertools
@@ -78,13 +79,11 @@ def indices(
 
     volume, position      (N,) of each slice of the set
     volumes, partitions   m and S; a joint batch has m S slices, of which a worker takes whole volumes
-    Raises UsageError when there are fewer volumes than m, fewer slices than m in a partition, or m is no multiple of `world`.
+    Raises UsageError when there are fewer slices than m in a partition, or m is no multiple of `world`.
     """
     own = share(volumes, rank, world)
     cells = Cells.of(volume, position, partitions, seed)
     there = len(cells.count)
-    if volumes > there:
-        raise UsageError(f"a batch of {volumes} volumes needs as many, and there are {there}; lower training.batch")
     held = cells.count.sum(0)
     if held.min() < volumes:
         scarce = int(held.argmin())

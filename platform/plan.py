@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medssl.methods.settings import Unlabelled
-from medssl.platform import ledger
+from medssl.platform import find, ledger
 from medssl.platform.config import RESULTS_VERSION, Experiment, Part, Start, digest
 from medssl.platform.errors import UsageError
 from medssl.platform.splits import Split, drawn
@@ -49,6 +49,15 @@ class Stage:
     seed: int
     steps: int
     parent: str | None  # the medssl pretraining that it starts from; None: a fresh encoder, or a file of weights
+    further: bool = False  # the pretraining upon the pretraining
+
+    def seen(self, experiment: Experiment) -> Experiment:
+        """`experiment` as it would be typed for this stage alone: a pretraining is then its only one."""
+        if self.kind == "finetune":
+            return experiment
+        return dataclasses.replace(
+            experiment, pretrain=experiment.further if self.further else experiment.pretrain, further=None
+        )
 
 
 @dataclass(frozen=True)
@@ -60,10 +69,16 @@ class Chain:
     experiment: Experiment
     pretraining: Stage | None  # None: from scratch, the encoder as initialised by the seed of this index
     finetunings: tuple[Stage, ...]
+    further: Stage | None = None  # the pretraining that begins where `pretraining` ends
+
+    @property
+    def pretrainings(self) -> tuple[Stage, ...]:
+        """In order: fine-tunings start from the last."""
+        return tuple(stage for stage in (self.pretraining, self.further) if stage)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return (*([self.pretraining] if self.pretraining else []), *self.finetunings)
+        return (*self.pretrainings, *self.finetunings)
 
     @property
     def encoder_seed(self) -> int:
@@ -81,6 +96,7 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
 
     Raises UsageError for what the data cannot give.
     """
+    experiment = _counted(experiment, split)
     labelled = labelled_patients(experiment, split)
     train, dims = set(split.train), experiment.spatial_dims
     if dims == 3 and experiment.data.stream == "ray":
@@ -94,25 +110,79 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
         raise UsageError("finetune.training.snapshots: only a pretraining keeps snapshots; leave it out")
     if getattr(finetune.settings, "side", 0) is None:
         every = _sizes(store.volumes, dims)
-        side = cube_side(every) if dims == 3 else min(96, -(-max(map(max, every)) // 16) * 16)
+        side = cube_side(every) if dims == 3 else slice_side(every)
         finetune = _with(finetune, side=side)
-    pretrain = experiment.pretrain
-    if pretrain:
-        pretrain = _with_training(pretrain, _elements(volumes, dims))
-        if getattr(pretrain.settings, "side", 0) is None:
-            pretrain = _with(pretrain, side=disjoint_side(sizes))
-        if getattr(pretrain.settings, "iou", None) and pretrain.settings.unreachable == "error":
-            _refuse_unreachable(pretrain.settings, sizes)
+    pretrain, further = (
+        part and _resolved_pretraining(section, part, experiment, volumes)
+        for section, part in (("pretrain", experiment.pretrain), ("further", experiment.further))
+    )
     _refuse_probes(experiment, store, split)
     _refuse_cycle(experiment, store)
     unlabelled = _resolved_unlabelled(experiment, store, split)
     network = experiment.network
     if getattr(network.settings, "levels", 0) is None:  # from the data alone: arms with and without pretraining share it
         network = _with(network, levels=min(5, disjoint_side(sizes).bit_length() - 2))
-    start = _resolved_start(experiment.start, pretrain)
+    for section, part in (("pretrain", pretrain), ("further", further)):
+        _refuse_blocks(section, part, network)
+    start = _resolved_start(experiment.start, further or pretrain)
     return dataclasses.replace(
-        experiment, network=network, pretrain=pretrain, finetune=finetune, start=start, unlabelled=unlabelled
+        experiment, network=network, pretrain=pretrain, further=further, finetune=finetune, start=start, unlabelled=unlabelled
     )
+
+
+def _counted(experiment: Experiment, split: Split) -> Experiment:
+    """With `data.labelled` as a number of patients: a share of them is rounded, to one at least."""
+    share = experiment.data.labelled
+    if share is None or isinstance(share, int):
+        return experiment
+    count = max(1, round(share * len(split.labelled))) if share < 1 else int(share)
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, labelled=count))
+
+
+def _resolved_pretraining(section: str, part: Part, experiment: Experiment, volumes: list[VolumeRecord]) -> Part:
+    """A pretraining with its steps and the side of its views."""
+    dims = experiment.spatial_dims
+    if dims == 3 and find.constant("method", part.name, "SLICES_ONLY", False):
+        raise UsageError(f"{section}.name={part.name} trains on slices only; leave it out, or set network.spatial_dims=2")
+    part, sizes = _with_training(part, _elements(volumes, dims)), _sizes(volumes, dims)
+    if getattr(part.settings, "side", 0) is None:
+        whole = dims == 2 and find.constant("method", part.name, "VIEWS", "crops") == "whole slices"
+        part = _with(part, side=slice_side(sizes) if whole else disjoint_side(sizes))
+    if getattr(part.settings, "iou", None) and part.settings.unreachable == "error":
+        _refuse_unreachable(part.settings, sizes)
+    if dims == 2 and composed(part):
+        _refuse_composed(section, part, experiment)
+    return part
+
+
+def _refuse_blocks(section: str, part: Part | None, network: Part) -> None:
+    asked, levels = getattr(part and part.settings, "blocks", 0), getattr(network.settings, "levels", None)
+    if asked and levels and asked > levels - 1:
+        raise UsageError(
+            f"{section}.blocks={asked}: the decoder of a {network.name} of {levels} levels has {levels - 1}; lower it, or "
+            "raise network.levels"
+        )
+
+
+def composed(part: Part) -> int:
+    """S where batches are composed of volumes x S partitions (`platform/partitions.py`), else 0."""
+    return 0 if getattr(part.settings, "strategy", "random") == "random" else getattr(part.settings, "partitions", 0)
+
+
+def _refuse_composed(section: str, part: Part, experiment: Experiment) -> None:
+    assert part.training is not None
+    count, batch = composed(part), part.training.batch
+    whole = count * experiment.resources.workers * part.training.accumulate
+    if batch % whole:
+        raise UsageError(
+            f"{section}.training.batch={batch}: {part.name} composes a batch of volumes x {count} partitions, for each worker "
+            f"and micro-batch whole volumes; use a multiple of {whole}, or {section}.strategy=random"
+        )
+    if experiment.data.stream == "ray":
+        raise UsageError(
+            f"data.stream=ray delivers slices as they lie on disk, and {part.name} composes batches of volumes x {count} "
+            f"partitions; leave data.stream out, or set {section}.strategy=random"
+        )
 
 
 def _resolved_unlabelled(experiment: Experiment, store: Store, split: Split) -> Unlabelled | None:
@@ -203,6 +273,7 @@ def labelled_patients(experiment: Experiment, split: Split) -> tuple[str, ...]:
     So budgets nest inside a draw. All arms have the same draws.
     """
     wanted = experiment.data.labelled
+    assert not isinstance(wanted, float), "`resolve` counts them"
     if wanted is not None and wanted > len(split.labelled):
         raise TooFewLabels(f"data.labelled={wanted}: split {split.name} has {len(split.labelled)} labelled training patients")
     draw = experiment.data.draw
@@ -264,6 +335,11 @@ def disjoint_side(sizes: set[Size]) -> int:
     return side
 
 
+def slice_side(sizes: set[Size]) -> int:
+    """The side of a square that holds the largest slice, at most 96 pixels and a multiple of 16."""
+    return min(96, -(-max(map(max, sizes)) // 16) * 16)
+
+
 def cube_side(sizes: set[Size]) -> int:
     """The side of a cube that is image rather than padding: the shortest axis of a middling volume, in eights, at most 96.
 
@@ -282,7 +358,7 @@ def _refuse_probes(experiment: Experiment, store: Store, split: Split) -> None:
     tuned = experiment.finetune.training
     if tuned and tuned.probes:
         raise UsageError("finetune.training.probes: only a pretraining is probed; see finetune.training.evaluations")
-    if not _probes(experiment):
+    if not _probes(experiment.pretrain) + _probes(experiment.further):
         return
     annotated = {volume.patient for volume in store.volumes if volume.labelled}
     if not split.labelled or not annotated & set(split.val):
@@ -294,9 +370,9 @@ def _refuse_probes(experiment: Experiment, store: Store, split: Split) -> None:
         raise UsageError("pretrain.training.probes needs slices: set it to 0 where network.spatial_dims is 3")
 
 
-def _probes(experiment: Experiment) -> int:
-    """How often the pretraining is probed."""
-    return experiment.pretrain.training.probes if experiment.pretrain and experiment.pretrain.training else 0
+def _probes(pretrain: Part | None) -> int:
+    """How often a pretraining is probed."""
+    return pretrain.training.probes if pretrain and pretrain.training else 0
 
 
 def _refuse_unreachable(crops: Any, sizes: set[Size]) -> None:
@@ -345,21 +421,43 @@ def chain(arm: str, index: int, finetunings: int, experiment: Experiment, store:
     """Everything that pretraining number `index` of an arm needs, ids included. `experiment` must be resolved."""
     experiment = _with_draw(experiment, index)
     encoder_seed = experiment.seed * 1000 + index
-    pretraining, found = None, origin(experiment.start)
+    pretraining, further, found = None, None, origin(experiment.start)
     if experiment.pretrain:
-        what = [
-            "pretrain",
-            *_common(experiment, store),
-            sorted(split.train),
-            experiment.tree()["pretrain"],
-            encoder_seed,
-            *_given(experiment.start, found),
-            *(probed_patients(split) if _probes(experiment) else []),
-        ]
-        identity = f"{experiment.pretrain.name}-{digest(what)}"
-        pretraining = Stage("pretrain", identity, encoder_seed, _steps(experiment.pretrain), found.run if found else None)
-    stages = tuple(finetuning(number, encoder_seed, pretraining, experiment, store, split) for number in range(finetunings))
-    return Chain(arm, index, experiment, pretraining, stages)
+        given = _given(experiment.start, found)
+        pretraining = _pretraining("pretrain", encoder_seed, given, found.run if found else None, experiment, store, split)
+    if pretraining and experiment.further:
+        further = _pretraining("further", encoder_seed, [pretraining.id], pretraining.id, experiment, store, split)
+    last = further or pretraining
+    stages = tuple(finetuning(number, encoder_seed, last, experiment, store, split) for number in range(finetunings))
+    return Chain(arm, index, experiment, pretraining, stages, further)
+
+
+def _pretraining(
+    section: Literal["pretrain", "further"],
+    seed: int,
+    begins: list[Any],
+    parent: str | None,
+    experiment: Experiment,
+    store: Store,
+    split: Split,
+) -> Stage:
+    """A pretraining that begins from what `begins` says, `parent` if that is one of medssl.
+
+    Its id is the same whether it is an arm's first, its further, or has the one that it begins from given by name.
+    """
+    part: Part | None = getattr(experiment, section)
+    assert part is not None
+    what = [
+        "pretrain",
+        *_common(experiment, store),
+        sorted(split.train),
+        experiment.tree()[section],
+        seed,
+        *begins,
+        *(["composed"] if experiment.spatial_dims == 2 and composed(part) else []),  # before, such batches came at random
+        *(probed_patients(split) if _probes(part) else []),
+    ]
+    return Stage("pretrain", f"{part.name}-{digest(what)}", seed, _steps(part), parent, further=section == "further")
 
 
 def _with_draw(experiment: Experiment, index: int) -> Experiment:
@@ -433,7 +531,8 @@ def describe(arms: Mapping[str, Experiment], k: int, m: int, store: Store, split
     for label, experiment in arms.items():
         of = "slices" if experiment.spatial_dims == 2 else "volumes"
         given = f"from {Path(experiment.start.weights).name}; " if experiment.start.weights else ""
-        what = f"{_told(experiment.pretrain, of)}; then " if experiment.pretrain else "no pretraining; then "
+        what = "".join(f"{_told(part, of)}; then " for part in (experiment.pretrain, experiment.further) if part)
+        what = what or "no pretraining; then "
         snapshot = f"from its step {experiment.start.step}: " if experiment.start.step else ""
         lines.append(f"arm      {label:<16} {given}{what}{snapshot}{_tuned(experiment, of)}{_budget(experiment)}")
     network = next(iter(arms.values())).network
@@ -452,7 +551,8 @@ def describe(arms: Mapping[str, Experiment], k: int, m: int, store: Store, split
 
 def _tuned(experiment: Experiment, of: str) -> str:
     """The fine-tuning, and its hooks."""
-    told = " + ".join([_told(experiment.finetune, of), *(hook.name for hook in experiment.hooks)])
+    beside = ["UAFS"] if experiment.finetune.uafs else []
+    told = " + ".join([_told(experiment.finetune, of), *beside, *(hook.name for hook in experiment.hooks)])
     return f"{told}, {experiment.unlabelled.batch} unlabelled {of}" if experiment.unlabelled else told
 
 

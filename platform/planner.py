@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from medssl.platform import ledger, plan, statistics
-from medssl.platform.config import Experiment, Part, digest
+from medssl.platform import ledger, places, plan, statistics
+from medssl.platform.config import Experiment, Part, Resources, digest
 from medssl.platform.plan import Chain, Stage
 from medssl.platform.site import Site
 from medssl.platform.splits import Split
@@ -40,6 +40,7 @@ class Hands:
     gpus: float
     machines: int
     device: str | None  # "cpu", the name of the GPU, or None: GPUs of names unknown
+    memory: float | None = None  # bytes of each GPU, where they were asked
 
     @property
     def resources(self) -> dict[str, float]:
@@ -52,13 +53,20 @@ def this_machine() -> Hands:
     names: list[str] = []
     if shutil.which("nvidia-smi"):
         asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         names = asked.stdout.splitlines() if asked.returncode == 0 else []
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
         names = names[: len([number for number in shown.split(",") if number.strip() not in ("", "-1")])]
-    return Hands(os.cpu_count() or 1, len(names), 1, names[0].strip() if names else "cpu")
+    if not names:
+        return Hands(os.cpu_count() or 1, 0, 1, "cpu")
+    name, _, mebibytes = names[0].rpartition(",")
+    memory = float(mebibytes) * 2**20 if mebibytes.strip().isdigit() else None  # a part of a GPU may not say
+    return Hands(os.cpu_count() or 1, len(names), 1, name.strip(), memory)
 
 
 def cluster() -> Hands:
@@ -106,13 +114,13 @@ class Paces:
     def __init__(self, site: Site, calibrated: Mapping[str, Pace] | None = None):
         self.samples = list(_samples(site))
         self.calibrated = dict(calibrated or {})
-        self.found: dict[tuple[str, int, str | None], tuple[Experiment, Pace | None]] = {}  # arms share their experiment
+        self.found: dict[tuple[str, bool, int, str | None], tuple[Experiment, Pace | None]] = {}  # arms share their experiment
 
     def of(self, stage: Stage, experiment: Experiment, device: str | None) -> Pace | None:
         """None where nothing like it has finished on such a device."""
-        asked = (stage.kind, id(experiment), device)
+        asked = (stage.kind, stage.further, id(experiment), device)
         if asked not in self.found:
-            self.found[asked] = experiment, self._find(stage.kind, experiment, device)
+            self.found[asked] = experiment, self._find(stage.kind, stage.seen(experiment), device)
         return self.found[asked][1]
 
     def _find(self, kind: str, experiment: Experiment, device: str | None) -> Pace | None:
@@ -181,6 +189,7 @@ class Estimate:
 
     stages: int
     unknown: tuple[str, ...]  # what no pace is known of
+    peak: float  # bytes of memory that a stage takes at the most, where that was measured
     seconds: float  # from start to end
     worker_seconds: float  # of all workers together
     stored: float  # bytes that finished stages will keep
@@ -200,7 +209,7 @@ def estimate(
     begun   steps already done of unfinished stages
     A stage that two chains share is done by the first.
     """
-    places = [0.0] * at_once
+    slots = [0.0] * at_once
     seen = set(finished)
     unknown: dict[str, None] = {}
     known: dict[str, list[Pace]] = {}
@@ -221,9 +230,10 @@ def estimate(
             stored += pace.stored or 0.0
             running.append(pace.running or 0.0)
         workers += seconds * chain.experiment.resources.workers
-        heapq.heapreplace(places, places[0] + seconds)
+        heapq.heapreplace(slots, slots[0] + seconds)
     words = tuple(f"{what}: {_rate(some)}" for what, some in known.items())
-    return Estimate(stages, tuple(unknown), max(places), workers, stored, at_once * max(running), words)
+    peak = max((pace.memory or 0.0 for some in known.values() for pace in some), default=0.0)
+    return Estimate(stages, tuple(unknown), peak, max(slots), workers, stored, at_once * max(running), words)
 
 
 def _estimated(chains: Sequence[Chain], site: Site, paces: Paces, device: str | None, at_once: int) -> Estimate:
@@ -241,7 +251,7 @@ def _what(stage: Stage, experiment: Experiment) -> str:
 
 
 def _part(stage: Stage, experiment: Experiment) -> Part:
-    part = experiment.pretrain if stage.kind == "pretrain" else experiment.finetune
+    part = stage.seen(experiment).pretrain if stage.kind == "pretrain" else experiment.finetune
     assert part is not None
     return part
 
@@ -323,10 +333,28 @@ def describe(
     held = f"{found.worker_seconds / 3600 * each:.3g} {'GPU' if on_gpu else 'core'}-hours"
     machines = f"{hands.machines} machine{'s' if hands.machines > 1 else ''}, {hands.cpus:g} CPUs, {hands.gpus:g} GPUs"
     lines.append(f"hours    {_clock(found.seconds)} with {at_once} at a time ({machines}); {held}{beside}")
+    if on_gpu:
+        lines += packing(found.peak, hands, resources)
     if price is not None:
         lines.append(f"money    {hours * hands.machines * price:,.2f} at {price:g} per machine and hour{beside}")
     lines.append(f"storage  {_size(found.stored)} to keep, {_size(found.running)} more while stages run{beside}")
     return lines
+
+
+def packing(peak: float, hands: Hands, resources: Resources) -> list[str]:
+    """The line that proposes how many one-worker stages share a GPU, from the memory that one was measured to take.
+
+    Nothing where stages do not share, or say already how; how busy a stage keeps the GPU is not known and left to the user.
+    """
+    if not peak or not hands.gpus or hands.memory is None or resources.workers > 1 or resources.gpus is not None:
+        return []
+    share = places.fraction(peak, hands.memory, cpus=resources.cpus, cores=hands.cpus, gpus=int(hands.gpus), busy=0.0)
+    if share == 1:
+        return []
+    return [
+        f"packing  -o resources.gpus={share:g}: {int(1 / share + 1e-9)} stages of {_size(peak)} find place on each GPU of "
+        f"{_size(hands.memory)}; worth it while one stage keeps the GPU less than half busy"
+    ]
 
 
 def _clock(seconds: float) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 from medssl.platform import find, history
 from medssl.platform.errors import RunError, UsageError
-from medssl.platform.plan import Chain
+from medssl.platform.plan import Chain, Stage
 from medssl.platform.site import Site
 from medssl.platform.sweep import Sweep
 
@@ -73,16 +73,17 @@ def table(name: str | None, output: str) -> str:
 
 def rows(site: Site, chains: Sequence[Chain]) -> list[Row]:
     """A row for every pretraining among the chains, in their order."""
-    first: dict[str, Chain] = {}
+    first: dict[str, tuple[Chain, Stage]] = {}
     for chain in chains:
-        if chain.pretraining:
-            first.setdefault(chain.pretraining.id, chain)
-    return [_row(site, chain, stage) for stage, chain in first.items()]
+        for stage in chain.pretrainings:
+            first.setdefault(stage.id, (chain, stage))
+    return [_row(site, chain, stage) for chain, stage in first.values()]
 
 
-def _row(site: Site, chain: Chain, stage: str) -> Row:
-    assert chain.experiment.pretrain is not None
-    row = Row(chain.arm, chain.index, chain.experiment.pretrain.name, stage, "not finished")
+def _row(site: Site, chain: Chain, about: Stage) -> Row:
+    part, stage = about.seen(chain.experiment).pretrain, about.id
+    assert part is not None
+    row = Row(chain.arm, chain.index, part.name, stage, "not finished")
     done = site.done(stage)
     if done is None:
         return row

@@ -193,7 +193,9 @@ def _series(
 
 
 def _budget(key: str, data: config.Data) -> int | None:
-    return data.labelled if key == "data.labelled" else data.labelled_slices
+    if key == "data.labelled":
+        return None if data.labelled is None else int(data.labelled)  # `plan.resolve` has counted them
+    return data.labelled_slices
 
 
 def _amount(evidence: Evidence, key: str, experiment: config.Experiment) -> int:
@@ -319,8 +321,8 @@ def _histograms(evidence: Evidence) -> Iterator[Histogram]:
     for arm in evidence.arms:
         counted = []
         for chain in evidence.chains:
-            if chain.arm == arm and chain.pretraining:
-                file = evidence.site.stage(chain.pretraining.id) / "iou.json"
+            for stage in chain.pretrainings if chain.arm == arm else ():
+                file = evidence.site.stage(stage.id) / "iou.json"
                 counted += [json.loads(file.read_text())] if file.exists() else []
         if counted:
             counts = np.sum([each["counts"] for each in counted], axis=0).tolist()
@@ -532,7 +534,7 @@ def _cells(evidence: Evidence, arm: str) -> str:
             done = evidence.done.get(stage.id)
             run = evidence.site.stage(stage.id) / "run.json"
             origin = json.loads(run.read_text())["provenance"] if run.exists() else {}
-            finetuning = number - bool(chain.pretraining)
+            finetuning = number - len(chain.pretrainings)
             which = f"#{chain.index + 1}" + ("" if stage.kind == "pretrain" else f".{finetuning + 1}")
             numbers = [done.get(name) if done else None for name in ("validation", "test", "seconds")]
             cells = [page.Cell(f"{KINDS[stage.kind]} {which}"), page.Cell(stage.id), page.Cell(str(stage.seed), stage.seed)]
@@ -562,13 +564,15 @@ def command(sweep: Sweep, chain: Chain, stage: Stage, number: int) -> str:
     tree = config.stack([sweep.base, config.nested(sweep.arms()[chain.arm])])
     data = tree["data"]["name"]
     if stage.kind == "pretrain":
-        assert chain.experiment.pretrain is not None
-        words_ = ["medssl", "pretrain", chain.experiment.pretrain.name]
+        part = stage.seen(chain.experiment).pretrain
+        assert part is not None
+        words_ = ["medssl", "pretrain", part.name, *(["--from", str(stage.parent)] if stage.further else [])]
+        tree = {**tree, "pretrain": tree["further"]} if stage.further else tree
     else:
         words_ = ["medssl", "finetune", *(["--from", stage.parent] if stage.parent else [])]
     words_ += ["--data", data, "--seed", str(chain.experiment.seed), "--index", str(chain.index)]
     words_ += ["--number", str(number)] if stage.kind == "finetune" else []
-    dropped = ("seed", "data.name", "pretrain.name") + (
+    dropped = ("seed", "data.name", "pretrain.name", "further", *(["start.weights"] if stage.further else [])) + (
         ("finetune.", "evaluate.") if stage.kind == "pretrain" else ("pretrain",)
     )
     for key, value in _flat(tree).items():

@@ -46,6 +46,7 @@ def pretrain(
     index: int = 0,
 ) -> str:
     """Run or look up one pretraining, of a fresh encoder or of given weights; returns its id, how it ended, and the chain.
+    Where the settings have a `further` pretraining, that follows, with a line of its own.
 
     index   which of those that a sweep gives an arm: it decides the seed
     """
@@ -53,11 +54,12 @@ def pretrain(
     experiment, store, split = _experiment(data, files, overrides, tree, say)
     if experiment.start.step is not None:
         raise UsageError("start.step says where fine-tuning starts; to pretrain a snapshot, give its file encoder@STEP.pt")
-    chain = plan.chain(method, index, 0, experiment, store, split)
-    assert chain.pretraining is not None
-    done = _fulfil(stages.Job(chain, chain.pretraining, stages.Work(Site.here(), store.root, split)), say)
-    monitors = ", ".join(f"{name} {value:.3f}" for name, value in done["monitors"].items())
-    return f"{chain.pretraining.id}: {done['status']} after {done['step']} steps; {monitors}; {done['chain']}"
+    chain, lines = plan.chain(method, index, 0, experiment, store, split), []
+    for stage in chain.pretrainings:
+        done = _fulfil(stages.Job(chain, stage, stages.Work(Site.here(), store.root, split)), say)
+        monitors = ", ".join(f"{name} {value:.3f}" for name, value in done["monitors"].items())
+        lines.append(f"{stage.id}: {done['status']} after {done['step']} steps; {monitors}; {done['chain']}")
+    return "\n".join(lines)
 
 
 def finetune(
@@ -77,6 +79,7 @@ def finetune(
     """
     tree = {"pretrain": None, "seed": seed} | _given(start)
     experiment, store, split = _experiment(data, files, overrides, tree, say)
+    stages.check(experiment, store)
     chain = plan.chain(start or "from scratch", index, number + 1, experiment, store, split)
     stage = chain.finetunings[number]
     done = _fulfil(stages.Job(chain, stage, stages.Work(Site.here(), store.root, split)), say)
@@ -139,7 +142,7 @@ def describe(summary: dict[str, Any]) -> str:
     width = max(map(len, [*test["by_class"]["dice"], "mean"])) if "dice" in test["by_class"] else 20
     lines = [f"{summary['run']} on the test patients of {summary['data']}"]
     lines.append(" ".join([" " * width, *(f"{name:>10}" for name in names)]))
-    classes = list(test["by_class"][names[0]]) if names else []
+    classes = list(test["by_class"].get("dice") or (test["by_class"][names[0]] if names else {}))
     for label in classes:
         values = (test["by_class"][name].get(label, float("nan")) for name in names)
         lines.append(" ".join([f"{label:<{width}}", *(f"{value:10.3f}" for value in values)]))
@@ -150,7 +153,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 def _trained(folder: Path, experiment: config.Experiment, store: Store) -> Any:
     """The network that a fine-tuning left."""
-    network = stages.network(experiment, store.channels, len(store.classes))
+    network = stages.selective(stages.network(experiment, store.channels, len(store.classes)), experiment)
     network.load_state_dict(checkpoint.load(folder / "best.pt")["network"])
     return network
 
@@ -204,6 +207,6 @@ def predict(name: str, files: Sequence[Path], out: Path, *, say: Say) -> list[Pa
         files,
         out,
         **stages.inference(experiment),
-        channels=store.channels,
+        channels=store.channels // store.preset.depth,  # of the scan: neighbouring slices come with it
         progress=say,
     )

@@ -5,6 +5,7 @@
     runs/scores/<stage>.parquet        one file per scored fine-tuning
     runs/sweeps/<space>-<set>-<hash>/  sweep.json, study.db, arms.json, spending.json, leaderboard.*, log.txt
 
+MEDSSL_RUNS may be the URI of a store that all machines reach (`mirror.py`); runs/ is then a local copy under MEDSSL_CACHE.
 A stage is finished when its done.json exists; it is written last. The folder's lock belongs to the process that works on it.
 """
 
@@ -22,20 +23,42 @@ from typing import Any
 from medssl import __version__
 from medssl.platform import atomic, find
 from medssl.platform.errors import UsageError
+from medssl.platform.mirror import Mirror
 
 
 @dataclass(frozen=True)
 class Site:
     data: Path
     runs: Path
+    remote: str | None = None  # the store that `runs` is a local copy of
 
     @classmethod
     def here(cls) -> "Site":
         """The folders that the environment names, absolute: workers start elsewhere."""
-        return cls(
-            data=Path(os.environ.get("MEDSSL_DATA", "data")).absolute(),
-            runs=Path(os.environ.get("MEDSSL_RUNS", "runs")).absolute(),
-        )
+        data, runs = Path(os.environ.get("MEDSSL_DATA", "data")).absolute(), os.environ.get("MEDSSL_RUNS", "runs")
+        if "://" not in runs:
+            return cls(data, Path(runs).absolute())
+        cache = Path(os.environ.get("MEDSSL_CACHE", "~/.cache/medssl")).expanduser().absolute()
+        return cls(data, cache / runs.rstrip("/").replace("://", "-").replace("/", "-"), runs.rstrip("/"))
+
+    @property
+    def mirror(self) -> Mirror | None:
+        return Mirror(self.remote, self.runs) if self.remote else None
+
+    def bring(self, identity: str) -> None:
+        """Make what a stage has left on other machines local; nothing to do without a remote store."""
+        if self.mirror:
+            self.mirror.bring(identity)
+
+    def refresh(self) -> None:
+        """Make what listings and leaderboards read local."""
+        if self.mirror:
+            self.mirror.refresh()
+
+    def push(self, sweep: Path) -> None:
+        """Let other machines see a sweep's folder."""
+        if self.mirror:
+            self.mirror.push(sweep)
 
     def stage(self, identity: str) -> Path:
         return self.runs / "stages" / identity
@@ -45,11 +68,12 @@ class Site:
         try:
             return json.loads((self.stage(identity) / "done.json").read_text())
         except FileNotFoundError:
-            return None
+            return self.mirror.done(identity) if self.mirror else None
 
     def finished(self) -> set[str]:
         """The ids of all finished stages."""
-        return {file.parent.name for file in (self.runs / "stages").glob("*/done.json")}
+        here = {file.parent.name for file in (self.runs / "stages").glob("*/done.json")}
+        return here | self.mirror.finished() if self.mirror else here
 
     def find_stage(self, name: str) -> Path:
         """A stage's folder by its id, an unambiguous beginning of it, or a path."""
@@ -60,6 +84,7 @@ class Site:
         if len(hits) != 1:
             what = f"no run {name!r}" if not hits else f"{name!r} begins {len(hits)} runs"
             raise UsageError(f"{what} in {self.runs / 'stages'}; {find.nearest(name, known or ['none yet'])}")
+        self.bring(hits[0])
         return self.stage(hits[0])
 
     def find_weights(self, name: str) -> Path:

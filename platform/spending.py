@@ -40,6 +40,16 @@ class Spending:
         return None if self.price is None else self.machine_seconds / 3600 * self.price
 
 
+def idle(now: Spending, machines: int) -> str:
+    """What a cluster has cost a sweep that is over, and what it goes on costing until somebody takes it down."""
+    spent = f"{now.machine_seconds / 3600:.2f} machine-hours"
+    rate = f"{machines} machine{'s are' if machines > 1 else ' is'} still up"
+    if now.price is not None:
+        spent += f", {now.money:,.2f} in money"
+        rate += f" for {machines * now.price:,.2f} an hour"
+    return f"cluster  {spent} so far; {rate}: `medssl cluster down` ends that, or --shutdown-when-done from the start"
+
+
 class Meter:
     """Counts while a sweep runs; `limit` is the most that it may cost, its earlier starts included."""
 

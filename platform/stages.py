@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from medssl.methods import uafs
 from medssl.methods.protocol import Batch, Method
 from medssl.platform import (
     atomic,
@@ -28,6 +29,7 @@ from medssl.platform import (
     logs,
     loop,
     metrics,
+    partitions,
     plan,
     probe,
     stream,
@@ -35,9 +37,10 @@ from medssl.platform import (
     train,
     weights,
 )
+from medssl.platform import mirror as mirroring
 from medssl.platform.board import Board
 from medssl.platform.config import Experiment, Part
-from medssl.platform.errors import RunError
+from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain, Stage, contract, labelled_patients, probed_patients
 from medssl.platform.records import Part as DataPart
 from medssl.platform.records import Score, Volume
@@ -82,6 +85,15 @@ class Job:
     def folder(self) -> Path:
         return self.work.site.stage(self.stage.id)
 
+    @property
+    def experiment(self) -> Experiment:
+        """The settings as they would be typed for this stage alone: a further pretraining is one that was given weights."""
+        seen = self.stage.seen(self.chain.experiment)
+        if not self.stage.further or self.stage.parent is None:
+            return seen
+        weights = str(self.work.site.stage(self.stage.parent))
+        return dataclasses.replace(seen, start=dataclasses.replace(seen.start, weights=weights, partial=False))
+
 
 def run_chain(
     chain: Chain,
@@ -89,10 +101,10 @@ def run_chain(
     tell: Callable[[list[float]], None] = lambda scores: None,
     probe: Hear = lambda step, dice: None,
 ) -> list[float]:
-    """Fulfil a pretraining and its fine-tunings; `tell` hears the validation scores after each. Returns all of them.
+    """Fulfil a chain's pretrainings and fine-tunings; `tell` hears the validation scores after each. Returns all of them.
 
-    probe   hears (step, Dice) of every probe of the pretraining, once each and in order: while it runs, if it runs in this
-            process, else when it is done. What it raises ends the chain; a pretraining goes on from its last checkpoint
+    probe   hears (step, Dice) of every probe of the first pretraining, once each and in order: while it runs, if it runs in
+            this process, else when it is done. What it raises ends the chain; a pretraining goes on from its last checkpoint
     """
     if chain.pretraining:
         told: set[int] = set()
@@ -104,6 +116,8 @@ def run_chain(
 
         for reading in fulfil(Job(chain, chain.pretraining, work), hear).get("probe", []):
             hear(reading["step"], reading["dice"])
+    if chain.further:
+        fulfil(Job(chain, chain.further, work))
     scores: list[float] = []
     for stage in chain.finetunings:
         scores.append(fulfil(Job(chain, stage, work))["validation"])
@@ -119,15 +133,19 @@ def fulfil(job: Job, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
     while True:
         with atomic.owned(job.folder) as mine:
             if done := job.work.site.done(job.stage.id):
-                return done
+                if mine:
+                    job.work.site.bring(job.stage.id)
+                if (job.folder / "done.json").exists():  # else another process is bringing it
+                    return done
             if mine:
+                job.work.site.bring(job.stage.id)
                 with logs.written(job.folder):
                     return _do(job, hear)
         time.sleep(0.5)  # another process is at it
 
 
 def _do(job: Job, hear: Hear) -> dict[str, Any]:
-    experiment, stage = job.chain.experiment, job.stage
+    experiment, stage = job.experiment, job.stage
     begun = time.time() - spent(job.folder)  # a stage that was killed has cost what it has cost
     record = {"kind": stage.kind, "stage": stage.id, "seed": stage.seed, "steps": stage.steps, "parent": stage.parent}
     record |= {"arm": job.chain.arm, "pretraining": job.chain.index, "encoder_seed": job.chain.encoder_seed}
@@ -155,17 +173,25 @@ def _do(job: Job, hear: Hear) -> dict[str, Any]:
     logs.LOGGER.info("%s ended: %s after %.0f seconds", stage.id, done.get("status"), done["seconds"])
     atomic.write_json(job.folder / "done.json", done)
     (job.folder / "checkpoint.pt").unlink(missing_ok=True)  # nothing is left to continue; the weights lie beside it
+    if mirror := job.work.site.mirror:
+        mirror.finish(job.stage.id)
     return done
 
 
 def _tracked(job: Job, rank: int, world: int, device: torch.device, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
     """One worker of a stage; its scalars and its end also go to the trackers asked for."""
     names = job.chain.experiment.resources.trackers if rank == 0 else ()
+    if world > 1:
+        job.work.site.bring(job.stage.id)  # workers on other machines than the last ones; also what fine-tuning starts from
+        if job.stage.parent:
+            job.work.site.bring(job.stage.parent)
     with trackers.opened(names, job.folder, job.work.sweep, job.work.site.runs) as runs:
         told = dataclasses.replace(job, runs=runs)
         pretrains = job.stage.kind == "pretrain"
         done = _pretrain(told, rank, world, device, hear) if pretrains else _finetune(told, rank, world, device)
         runs.end(done)
+    if world > 1 and rank == 0 and (mirror := job.work.site.mirror):
+        mirror.keep(job.stage.id)  # the process that finishes the stage may be on another machine
     return done | ({"untracked": runs.lost} if runs.lost else {})
 
 
@@ -175,18 +201,50 @@ def network(experiment: Experiment, channels: int, classes: int) -> Any:
     return find.load("network", part.name).NETWORK(channels, classes, part.settings)
 
 
+def selective(model: Any, experiment: Experiment) -> Any:
+    """The network as fine-tuning trains it and leaves it: `model`, with UAFS where its settings say so, freshly initialised."""
+    wanted = experiment.finetune.uafs
+    return uafs.insert(model, wanted) if wanted else model
+
+
+def check(experiment: Experiment, store: Store) -> None:
+    """Raises UsageError where UAFS or hooks name what the network does not have; tried on tensors without values."""
+    if not experiment.hooks and not experiment.finetune.uafs:
+        return
+    try:
+        with torch.device("meta"):
+            model = selective(network(experiment, store.channels, len(store.classes)), experiment)
+            for hook in experiment.hooks:
+                find.load("hook", hook.name).HOOK(model, hook.settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def hands_on(part: Part) -> str:
+    """What of a network a pretraining trains and hands on, as its file's TRANSFERS says: "encoder" or "encoder+decoder"."""
+    said: str = find.constant("method", part.name, "TRANSFERS", "encoder")
+    return said
+
+
+def trained(part: Part, whole: Any) -> Any:
+    """What a method is built around: the network, or its encoder alone."""
+    if part.name == "segment" or hands_on(part) != "encoder":
+        return whole
+    return whole.encoder
+
+
 def _pretrain(job: Job, rank: int, world: int, device: torch.device, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
-    """One worker of a pretraining. Rank 0 leaves the encoder and its card, and what probes saw on the way."""
-    experiment, store = job.chain.experiment, Store.open(job.work.store)
+    """One worker of a pretraining. Rank 0 leaves the encoder, trained blocks of a decoder, their card, and what probes saw."""
+    experiment, store = job.experiment, Store.open(job.work.store)
     part = experiment.pretrain
     assert part is not None
     torch.set_num_threads(experiment.resources.cpus)
     torch.manual_seed(job.chain.encoder_seed)
-    encoder = network(experiment, store.channels, len(store.classes)).encoder
+    whole = network(experiment, store.channels, len(store.classes))
     found = plan.origin(experiment.start)
-    before = [weights.begin(encoder, found.file, partial=experiment.start.partial)[0].chain] if found else []
-    probed = copy.deepcopy(encoder)
-    method = find.load("method", part.name).METHOD(encoder, part.settings)
+    before = [weights.begin_network(whole, found.file, partial=experiment.start.partial)[0].chain] if found else []
+    probed = copy.deepcopy(whole.encoder)
+    method = find.load("method", part.name).METHOD(trained(part, whole), part.settings)
     batches = _batches(job, part, job.work.split.train, None, rank, world, device)
     assert part.training is not None
     readings: list[dict[str, float]] = []
@@ -204,12 +262,13 @@ def _pretrain(job: Job, rank: int, world: int, device: torch.device, hear: Hear 
 
     def keep(step: int) -> None:  # once more, and bit for bit the same, where a kill came before the step was saved
         file = job.folder / f"encoder@{step}.pt"
-        checkpoint.save(file, {"encoder": method.transferable_state(), "card": card(step)})
+        checkpoint.save(file, weights.handed_on(method.transferable_state(), hands_on(part)) | {"card": card(step)})
 
     outcome = _train(job, method, part, batches, rank, world, device, looks, look, keep)
     end = card(outcome.step)
     if rank == 0:
-        checkpoint.save(job.folder / "encoder.pt", {"encoder": method.transferable_state(), "card": end})
+        given = weights.handed_on(method.transferable_state(), hands_on(part))
+        checkpoint.save(job.folder / "encoder.pt", given | {"card": end})
     done = {"status": outcome.status, "step": outcome.step, "losses": outcome.losses, "monitors": outcome.monitors}
     return done | {"chain": end["chain"]} | ({"probe": readings} if readings else {})
 
@@ -219,7 +278,8 @@ def _probing(job: Job, method: Method, encoder: Any, hear: Hear) -> tuple[list[d
 
     What is probed is what fine-tuning would receive, in an `encoder` of its own: the method is only read.
     """
-    work, file = job.work, job.folder / "probe.json"
+    work, file, part = job.work, job.folder / "probe.json", job.experiment.pretrain
+    assert part is not None
     classes = Store.open(work.store).classes
     learnt_from, asked = probed_patients(work.split)
     reference = probe.thinned(work.slices("train", learnt_from).volumes())
@@ -229,7 +289,7 @@ def _probing(job: Job, method: Method, encoder: Any, hear: Hear) -> tuple[list[d
         hear(int(reading["step"]), reading["dice"])
 
     def look(step: int) -> dict[str, float]:
-        encoder.load_state_dict(method.transferable_state())
+        encoder.load_state_dict(weights.handed_on(method.transferable_state(), hands_on(part))["encoder"])
         seen = dataclasses.asdict(probe.look(encoder, reference, validation, classes))
         readings[:] = [reading for reading in readings if reading["step"] < step] + [{"step": step, **seen}]
         atomic.write_json(file, readings)
@@ -245,6 +305,7 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
     part = experiment.finetune
     torch.set_num_threads(experiment.resources.cpus)
     model, before = _start(job, store)
+    model = selective(model, experiment)
     method, batches = _segmenting(job, model, rank, world, device)
     model = method.predictor  # the network itself, or a hook's teacher
     best = job.folder / "best.pt"
@@ -306,7 +367,8 @@ def _segmenting(
 def _start(job: Job, store: Store) -> tuple[Any, list[str]]:
     """The network that a fine-tuning starts from, and how its encoder came to be.
 
-    The encoder is that of the pretraining, at its end or a snapshot, or the given one, or as it was before the first step.
+    The encoder is that of the last pretraining, at its end or a snapshot, or the given one, or as it was before the first step;
+    with it come the blocks of the decoder that were pretrained, if any were.
 
     So the arm from scratch is a pretraining of zero steps: at one index all arms begin with equal encoders, and what is
     fresh in the decoder depends on the fine-tuning's seed alone.
@@ -316,7 +378,7 @@ def _start(job: Job, store: Store) -> tuple[Any, list[str]]:
     torch.manual_seed(job.stage.seed)
     model = network(job.chain.experiment, store.channels, len(store.classes))
     checkpoint.transfer(initial, model.encoder)
-    start, own = job.chain.experiment.start, job.chain.pretraining
+    start, own = job.chain.experiment.start, job.chain.further or job.chain.pretraining
     found = plan.origin(start)
     file = job.work.site.stage(own.id) / "encoder.pt" if own else found.file if found else None
     if file is None:
@@ -325,7 +387,7 @@ def _start(job: Job, store: Store) -> tuple[Any, list[str]]:
         file = file.with_name(f"encoder@{start.step}.pt")
         if not file.exists():
             raise RunError(f"{file}: the pretraining ended before this snapshot; choose an earlier start.step")
-    given, _ = weights.begin(model.encoder, file, partial=start.partial and own is None)
+    given, _ = weights.begin_network(model, file, partial=start.partial and own is None)
     return model, [given.chain]
 
 
@@ -348,6 +410,11 @@ def _batches(
             f"{store.root}: these volumes would take more than a quarter of the memory, and are not streamed from disk in 3D; "
             "use fewer patients, prepare the data at a coarser spacing, or set data.stream=node to hold them all the same"
         )
+    if not fits and plan.composed(part):
+        raise RunError(
+            f"{store.root}: these slices would take more than a quarter of the memory, and batches of volumes x partitions are "
+            "not streamed from disk; use fewer patients, set strategy=random, or data.stream=node to hold them all the same"
+        )
     if choice == "ray" or not fits:
         return lambda start: stream.ray_batches(
             store, wanted, labelled, size, seed=seed, start=start, rank=rank, world=world, device=device
@@ -356,6 +423,17 @@ def _batches(
     afar = device.type == "cuda" and slices.nbytes > torch.cuda.mem_get_info(device)[0] / 2  # leave the other half to training
     near = slices if afar else slices.to(device)
     held: stream.Held = Volumes.of(near, least=getattr(part.settings, "side", None) or 1) if solid else near
+    if parts := 0 if solid or labelled else plan.composed(part):
+        volume, position = slices.volume.numpy(), slices.position.numpy()
+        return lambda start: (
+            {name: values.to(device, non_blocking=True) for name, values in batch.items()}  # no copy where it is already
+            for batch in map(
+                held.take,
+                partitions.indices(
+                    volume, position, volumes=size // parts, partitions=parts, seed=seed, start=start, rank=rank, world=world
+                ),
+            )
+        )
     if afar:
         return lambda start: (
             {name: values.to(device, non_blocking=True) for name, values in batch.items()}
@@ -409,12 +487,26 @@ def _train(
             rank=rank,
             world=world,
             on_step=on_step,
-            save=lambda state: checkpoint.save(saved, state),
+            save=_saving(job, saved, world),
             save_seconds=job.chain.experiment.resources.checkpoint_seconds,
             looks=looks,
             look=looked,
             keep=keep,
         )
+
+
+def _saving(job: Job, saved: Path, world: int) -> Callable[[checkpoint.State], None]:
+    """Saves the state; in a remote store too, now and then, or each time where workers on other machines may continue."""
+    mirror, last = job.work.site.mirror, time.monotonic()
+
+    def save(state: checkpoint.State) -> None:
+        nonlocal last
+        checkpoint.save(saved, state)
+        if mirror and (world > 1 or time.monotonic() - last >= mirroring.EVERY):
+            mirror.keep(job.stage.id)
+            last = time.monotonic()
+
+    return save
 
 
 def inference(experiment: Experiment) -> dict[str, Any]:

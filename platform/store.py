@@ -5,8 +5,9 @@
     position            float32, 0 at the volume's lowest slice, 1 at its highest
     image               binary, (channels, height, width) of the preset's dtype, row after row
     label               binary, (height, width) uint8 class ids, UNLABELLED where nobody annotated; null: no label at all
-    height, width       int32, pixels; rows run towards the patient's right, columns towards anterior
-    channels            int32
+    height, width       int32, pixels; rows run towards the patient's right, columns towards anterior, where the preset's
+                        orientation says nothing else
+    channels            int32: the scan's, and in 2.5D those of the slices around, from the lowest
     spacing_mm          list of 3 float32: between rows, columns, slices
     foreground          float32, fraction of the annotated pixels that are not background; null when there are none
 
@@ -50,6 +51,12 @@ class VolumeRecord:
     phase: str | None
     geometry: Geometry  # how `geometry.restore` puts labels back into the scan's grid
     digest: str  # of its content, whatever file its slices lie in
+    lost: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # by rounding and cropping, as `geometry.Prepared` has it
+    site: str | None = None
+    group: str | None = None
+    content: str = ""  # of its pixels alone, whoever they are said to belong to; equal for a scan that is there twice
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Store:
         said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "root"}
         counts = {"volumes": len(self.volumes), "patients": len(self.patients), "slices": sum(v.slices for v in self.volumes)}
         counts["labelled volumes"] = sum(volume.labelled for volume in self.volumes)
-        said |= {"preset": dataclasses.asdict(self.preset), "defaults": dict(self.defaults)}
+        said |= {"preset": dataclasses.asdict(self.preset), "defaults": dict(self.defaults), "quantisation": self.quantisation}
         said |= {
             "files": [file.name for file in self.files],
             "volumes": [dataclasses.asdict(volume) for volume in self.volumes],
@@ -113,6 +120,20 @@ class Store:
     def channels(self) -> int:
         """Of every slice."""
         return self.volumes[0].channels
+
+    @property
+    def quantisation(self) -> dict[str, float]:
+        """How far stored intensities are from the float32 ones: the greatest distance, and the root of the mean square.
+
+        In the unit of the stored range 0 to 1, of the standard deviation where there is a z-score. Empty for a store that was
+        prepared before this was measured.
+        """
+        if not all("rounding_max" in volume.lost for volume in self.volumes):
+            return {}
+        sizes = np.array([volume.slices * volume.height * volume.width for volume in self.volumes], float)
+        squares = np.array([volume.lost["rounding_rms"] ** 2 for volume in self.volumes])
+        greatest = max(volume.lost["rounding_max"] for volume in self.volumes)
+        return {"max": greatest, "rms": float(np.sqrt((sizes * squares).sum() / sizes.sum()))}
 
     def table(
         self,

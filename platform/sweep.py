@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from medssl.platform import atomic, catalogue, config, find, ledger, plan, spending, trackers
+from medssl.platform import atomic, catalogue, config, find, ledger, places, plan, spending, trackers
 from medssl.platform.config import Experiment
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain
@@ -36,6 +37,7 @@ Settings = Mapping[str, Any]  # dotted
 SEARCHES = ("grid", "race", "tpe", "gp", "random")
 CONFIRM = 5  # fresh pretrainings against as many: the smallest p is 1/126, enough for Holm over a handful of comparisons
 FRESH = 10_000  # pretrainings of a plan that no arm has yet are counted from here
+PATIENCE = 60.0  # seconds that a trial waits for the slices which its node shares, before it reads them itself
 AGAINST = ("gpu-hours", "labels")
 LEAST_RACE = 4  # pretrainings per arm of the grid that a race stands for: it begins with half of them everywhere
 
@@ -278,6 +280,18 @@ def _decisive(base: Mapping[str, Any]) -> dict[str, Any]:
     return kept if workers == 1 else kept | {"resources": {"workers": workers}}
 
 
+def _refuse_places(sweep: Sweep, arms: Mapping[str, Settings], store: Store) -> None:
+    """Raises UsageError for an arm whose UAFS or hooks name what its network lacks, which would fail after its pretraining."""
+    from medssl.platform import stages
+
+    split = catalogue.split(store, sweep.split)
+    for label, settings in arms.items():
+        try:
+            stages.check(plan.resolve(sweep.experiment(settings), store, split), store)
+        except UsageError as error:
+            raise UsageError(f'arm "{label}": {error}') from error
+
+
 def dry_run(
     request: Request,
     say: Say,
@@ -307,9 +321,9 @@ def dry_run(
         text += f"\nconfirm  {sweep.confirm} fresh pretrainings of the two leading arms and of each control"
     chains = [plan.chain(label, n, sweep.m, one, store, split) for n in range(sweep.k) for label, one in arms.items()][:most]
     # arms that a search will ask for, leading arms, controls again: as many chains, of indices that no arm has
-    usual = plan.resolve(sweep.experiment({}), store, split)
-    more = (0 if grid is not None else sweep.k * request.trials) + 2 * sweep.confirm
-    chains += [plan.chain("searched", FRESH + n, sweep.m, usual, store, split) for n in range(more)]
+    if more := (0 if grid is not None else sweep.k * request.trials) + 2 * sweep.confirm:
+        usual = plan.resolve(sweep.experiment({}), store, split)
+        chains += [plan.chain("searched", FRESH + n, sweep.m, usual, store, split) for n in range(more)]
     again = [(label, FRESH + n) for label in controls for n in range(sweep.confirm)]
     chains += [plan.chain(label, n, sweep.m, arms[label], store, split) for label, n in again]
     rivals = sum(sweep.compare.get(label, sweep.control) != label for label in arms)
@@ -341,10 +355,11 @@ def _outlook(
         measured = calibration.measure(chains, store, split, say)
     if address:
         with connected(address):
-            hands = planner.cluster()
+            hands, machines = planner.cluster(), places.machines()
     else:
         hands = planner.this_machine()
-    at_once = _share(base.resources, hands.resources)[1]
+        machines = [hands.resources]
+    at_once = places.share(base.resources, machines)[1]
     found = planner.noise(site, store, split, base.evaluate.metric)
     lines = planner.describe(chains, site, hands, at_once, planner.Paces(site, measured), price)
     lines += planner.power(found, sweep.k, sweep.m, max(comparisons, 1), wanted)
@@ -367,9 +382,38 @@ def run(
     against: str | None = None,
     price: float | None = None,
     max_cost: float | None = None,
+    shutdown: bool = False,
     say: Say,
 ) -> str:
-    """Do what is missing of a sweep and answer with its leaderboard."""
+    """Do what is missing of a sweep and answer with its leaderboard.
+
+    shutdown   then take down the cluster, however the sweep ended, by the command in MEDSSL_SHUTDOWN on this machine
+    """
+    if not shutdown:
+        return _run(request, time_budget, address, wanted, against, price, max_cost, say)
+    ending = os.environ.get("MEDSSL_SHUTDOWN")
+    if not ending:
+        raise UsageError(
+            "--shutdown-when-done: this machine does not say how (MEDSSL_SHUTDOWN, a shell command, is not set); it is meant "
+            "for a cluster's head, see `medssl cluster render`"
+        )
+    try:
+        return _run(request, time_budget, address, wanted, against, price, max_cost, say)
+    finally:
+        say(f"shutting down: {ending}")
+        subprocess.Popen(["sh", "-c", f"sleep 5; {ending}"], start_new_session=True)  # the answer is printed before
+
+
+def _run(
+    request: Request,
+    time_budget: str | None,
+    address: str | None,
+    wanted: float,
+    against: str | None,
+    price: float | None,
+    max_cost: float | None,
+    say: Say,
+) -> str:
     request = _settled(request)
     if against not in (None, *AGAINST):
         raise UsageError(f"--against {against}: {find.nearest(against, AGAINST)}")
@@ -385,14 +429,21 @@ def run(
         with connected(address):  # which takes seconds to come up, in which data are prepared
             store = preparing.result()
             sweep, kept = fitted(request, space, store, controls if grid is None else grid, say)
+            _refuse_places(sweep, kept, store)
             controls, grid = {label: kept[label] for label in controls}, None if grid is None else kept
             with atomic.owned(sweep.folder) as mine:
                 if not mine:
                     raise RunError(f"{sweep.folder.name} is being run by another process; `medssl status` shows it")
                 sweep.save()
                 (sweep.folder / "stop").unlink(missing_ok=True)
+                Site.here().push(sweep.folder)
                 meter = spending.Meter(sweep.folder, price=price, limit=max_cost, machines=_machines)
                 nested = None if meter.exhausted else _fit(sweep, space, controls, grid, request.trials, seconds, meter, say)
+            if address:
+                say(spending.idle(meter.now, _machines()))
+    site = Site.here()
+    site.push(sweep.folder)
+    site.refresh()  # what other machines have scored
     failed = {arm.label: arm.failed for arm in nested.arms.values() if arm.failed} if nested else {}
     if nested and (failed or nested.impossible):
         with contextlib.suppress(RunError):  # nothing to rank: the reasons say enough
@@ -409,6 +460,7 @@ def run(
     answer = leaderboard(sweep.folder.name, "table", sweep.experiment({}).evaluate.metric, wanted)
     chosen = _chosen(sweep, nested) if nested and (sweep.search != "grid" or sweep.confirm) else ""
     front = f"\n{pareto(sweep, against)}" if against else ""
+    site.push(sweep.folder)
     return answer + chosen + front
 
 
@@ -524,7 +576,9 @@ def _fit(
         if index not in asked:
             asked.append(index)
             atomic.write_json(sweep.folder / "repeats.json", repeats, durable=False)
+            site.push(sweep.folder)
 
+    site = Site.here()
     store = Store.open(sweep.store)
     split = catalogue.split(store, sweep.split)
     nested = search.NestedSearch(
@@ -539,12 +593,15 @@ def _fit(
         confirm=sweep.confirm,
         refuse=lambda settings: plan.resolve(sweep.experiment(settings), store, split),
     )
-    pretrain = plan.resolve(shared_by_all, store, split).pretrain
-    probing = sweep.search != "grid" and pretrain is not None and getattr(pretrain.training, "probes", 0) > 0
-    share, at_once = _share(resources, ray.cluster_resources())
+    # a grid need not hold the shared settings as they are, nor do they need to suit the data
+    pretrain = plan.resolve(shared_by_all, store, split).pretrain if sweep.search != "grid" else None
+    probing = pretrain is not None and getattr(pretrain.training, "probes", 0) > 0
+    share, at_once = places.share(resources, places.machines())
     meter.places(at_once)
     shared = ray.remote(num_cpus=1)(_arrays).remote(sweep.store, sweep.split)
-    trainable = tune.with_resources(tune.with_parameters(_trial, sweep=sweep, shared=[shared]), share)
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, sweep=sweep, shared=[shared], remote=Site.here().remote), share
+    )
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -571,11 +628,10 @@ def _fit(
     return nested
 
 
-def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
+def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any], remote: str | None = None) -> None:
     """One chain, in a Tune actor that has run others before and will run more: it leaves nothing behind in the process."""
     import gc
 
-    import ray
     import torch
     from ray import tune
 
@@ -588,8 +644,8 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
     try:
         experiment = plan.resolve(sweep.experiment(settings["settings"]), store, split)
         chain = plan.chain(settings["arm"], settings["index"], sweep.m, experiment, store, split)
-        site = Site(data=sweep.store.parent, runs=sweep.folder.parent.parent)
-        work = stages.Work(site, sweep.store, split, ray.get(shared[0]), sweep.folder.name)
+        site = Site(sweep.store.parent, sweep.folder.parent.parent, remote)
+        work = stages.Work(site, sweep.store, split, _shared(shared[0]), sweep.folder.name)
 
         def tell(scores: list[float]) -> None:
             report = {"score": sum(scores) / len(scores), "failed": "", "complete": len(scores) == len(chain.finetunings)}
@@ -608,6 +664,19 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any]) -> None:
             torch.cuda.empty_cache()
 
 
+def _shared(copy: Any) -> Any:
+    """The shared copy; None, so that stages read the store themselves, where it has not come after `PATIENCE`.
+
+    A copy that died with its node is made again by a task that needs a core: trials that hold them all must not wait for it.
+    """
+    import ray
+
+    try:
+        return ray.get(copy, timeout=PATIENCE)
+    except ray.exceptions.GetTimeoutError:
+        return None
+
+
 def _arrays(store: Path, split: str) -> dict[str, Any] | None:
     """The node's shared copy of the slices, read in a worker; None when the set is too large and must be streamed."""
     from medssl.platform import stream
@@ -617,20 +686,6 @@ def _arrays(store: Path, split: str) -> dict[str, Any] | None:
     if not stream.fits(opened):
         return None
     return {part: stream.Slices.read(opened, patients=getattr(parts, part)).arrays() for part in ("train", "val", "test")}
-
-
-def _share(resources: config.Resources, cluster: Mapping[str, float]) -> tuple[dict[str, float], int]:
-    """What one trial holds, and how many may run at a time so that the worker groups of all of them find their place."""
-    gpus = resources.gpus if resources.gpus is not None else float(cluster.get("GPU", 0) >= 1)
-    need = {"CPU": float(resources.cpus * resources.workers), "GPU": gpus * resources.workers}
-    at_once = min(int(cluster.get(kind, 0) // amount) for kind, amount in need.items() if amount)
-    if at_once < 1:
-        wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items() if amount)
-        raise UsageError(
-            f"a stage needs {wanted}, the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU"
-        )
-    # Tune refuses a trial that asks for nothing; a mebibyte of memory is next to nothing, and no core of the workers'
-    return (need if resources.workers == 1 else {"CPU": 0.0, "memory": float(2**20)}), at_once
 
 
 @contextlib.contextmanager

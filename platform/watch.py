@@ -39,6 +39,8 @@ class Lookout:
         self._plan()
         pace, left, running = {"pretrain": [0.0, 0], "finetune": [0.0, 0]}, {"pretrain": 0, "finetune": 0}, []
         begun = {path.name for path in (self.site.runs / "stages").glob("*")}
+        if self.site.remote:
+            begun |= self.site.finished()  # on other machines
         for identity, (arm, stage) in self.stages.items():
             if identity not in self.finished and identity in begun and (done := self.site.done(identity)):
                 self.finished[identity] = {"arm": arm, "kind": stage.kind, **done}
@@ -109,7 +111,7 @@ def _standing(arm: str, chains: Sequence[Chain], finished: Mapping[str, Mapping[
         scores = [finished[stage.id]["validation"] for stage in chain.finetunings if stage.id in finished]
         if scores:
             means.append(sum(scores) / len(scores))
-    pretrainings = [chain.pretraining.id in finished for chain in chains if chain.pretraining]
+    pretrainings = [stage.id in finished for chain in chains for stage in chain.pretrainings]
     finetunings = [stage.id in finished for chain in chains for stage in chain.finetunings]
     return {
         "arm": arm,

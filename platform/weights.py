@@ -1,6 +1,6 @@
 """Weights of other people and other runs: a checkpoint's layout is told by its keys, and its encoder renamed to ours.
 
-    medssl              encoder.pt and encoder@STEP.pt of a pretraining, best.pt of a fine-tuning
+    medssl              encoder.pt and encoder@STEP.pt of a pretraining (with its blocks of a decoder), best.pt of a fine-tuning
     plain               the state_dict of an encoder, or of a whole network (`encoder.…`)
     ResNet              torchvision and timm names (`conv1`, `layer1.0.…`), or the numbers of a Sequential (`0`, `4.0.…`)
     ViT                 timm names (`blocks.0.attn.qkv.…`), or torchvision's, which are renamed to timm's
@@ -23,7 +23,7 @@ import math
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ class Weights:
     state: State  # named as our encoders name them
     left_out: tuple[str, ...]  # keys of heads, decoders, teachers
     chain: str  # how the weights came to be: `imagenet (ResNet) -> byol:acdc@25`
+    decoder: State = field(default_factory=dict)  # blocks of a decoder that a medssl pretraining trained, as `decoder.…`
 
 
 def begin(encoder: nn.Module, file: Path, *, partial: bool = False) -> tuple[Weights, Transfer]:
@@ -110,6 +111,35 @@ def begin(encoder: nn.Module, file: Path, *, partial: bool = False) -> tuple[Wei
         ) from error
 
 
+def begin_network(network: Any, file: Path, *, partial: bool = False) -> tuple[Weights, Transfer]:
+    """Start the encoder of `network`, and the blocks of its decoder that the file has; everything else stays as it is.
+
+    Returns what was read and which keys of the network met: `missing` is what stays. Raises RunError as `begin` does.
+    """
+    weights, met = begin(network.encoder, file, partial=partial)
+    blocks = checkpoint.compare(weights.decoder, network.state_dict())
+    if (blocks.unexpected or blocks.reshaped) and not partial:
+        differences = replace(blocks, missing=()).differences()
+        raise RunError(f"{file}: pretrained blocks of a decoder do not fit the network: {differences}")
+    network.load_state_dict({key: weights.decoder[key] for key in blocks.matched}, strict=False)
+    inside = {name: tuple(f"encoder.{key}" for key in keys) for name, keys in vars(met).items()}
+    matched = (*inside["matched"], *blocks.matched)
+    return weights, Transfer(
+        matched=matched,
+        missing=tuple(key for key in network.state_dict() if key not in matched),
+        unexpected=(*inside["unexpected"], *blocks.unexpected),
+        reshaped=(*inside["reshaped"], *blocks.reshaped),
+    )
+
+
+def handed_on(state: Mapping[str, Tensor], what: str) -> dict[str, State]:
+    """What a method transfers, as a pretraining's file holds it: `encoder`, and of an "encoder+decoder" `decoder` beside it."""
+    if what == "encoder":
+        return {"encoder": dict(state)}
+    encoder, rest = _kept(state, "encoder.")
+    return {"encoder": encoder, "decoder": {key: state[key] for key in rest}}
+
+
 def read(file: Path) -> Weights:
     """The encoder in a file, in our names. Raises RunError for a file that is none, or that only pickled code could open."""
     held = _load(file)
@@ -120,7 +150,7 @@ def read(file: Path) -> Weights:
             raise RunError(f"{file}: a checkpoint of medssl, but neither encoder.pt nor best.pt of a stage")
         chain = held["card"]["chain"] if "card" in held else held.get("chain", file.stem)
         state, left = _kept(held[entry], "encoder." if entry == "network" else "")
-        return Weights(f"medssl {kind}", state, left, chain)
+        return Weights(f"medssl {kind}", state, left, chain, held.get("decoder", {}))
     name, state = _state_dict(held, file)
     layout, state, left = _encoder(name, state, held)
     return Weights(layout, state, left, f"{file.name.split('.')[0]} ({layout})")

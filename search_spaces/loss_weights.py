@@ -6,7 +6,8 @@ each weight moved from theirs by itself. An arm without the variance term is lef
 
 `suggest` leaves λ at 25: LARS goes by the direction of a gradient, so the ratios of the weights matter and their scale hardly.
 
-The weights of Dice against cross-entropy in fine-tuning are asked for by `segmentation_weights.py`.
+The weights of Dice against cross-entropy in fine-tuning are asked for by `segmentation_weights.py`, those of PDCR's terms and
+of any stack of hooks by `pdcr.py`.
 """
 
 from typing import Any

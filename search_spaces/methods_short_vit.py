@@ -1,8 +1,9 @@
 """Does every method train a Vision Transformer? As `methods_short.py`, on a small UNETR: tokens of 96, patches of 8 pixels.
 
 Every method of `methods_vit.py`, iBOT included. MAE hides the Transformer's own patches and has a small decoder of the paper's.
-DINO and iBOT go without local views, which would be a single patch, and with a sharper teacher at half the rate: young class
-tokens lie close together, and at a temperature of 0.04 their targets became uniform within 10 steps and stayed so.
+DINO and iBOT go without local views, which would be a few patches, and with a sharper teacher whose centre is the mean of the
+batch at hand: young class tokens lie close together, and at a temperature of 0.04, or with a centre that lags, targets became
+uniform within 10 steps and stayed so. Views want 6 patches per side: `-o pretrain.side=48`.
 """
 
 from typing import Any
@@ -18,14 +19,20 @@ DEFAULTS = {name: value for name, value in methods_short.DEFAULTS.items() if not
     "network.depth": 4,
     "network.heads": 4,
     "network.width": 8,
-    "network.grid": 4,
+    "network.grid": 6,
 }
-SHARP: dict[str, Any] = {"teacher_temperature": (0.01, 0.01), "training.lr": 5e-4}
-SIZES = methods_short.SIZES | {
-    "mae": {"d": 64, "depth": 2, "heads": 4},
-    "dino": methods_short.SIZES["dino"] | SHARP | {"local_crops": 0},
-    "ibot": methods_short.SIZES["dino"] | SHARP | {"teacher_patch_temperature": (0.01, 0.01), "local_crops": 0},
-}
+SHARP: dict[str, Any] = {"teacher_temperature": (0.02, 0.02), "centre_momentum": 0.0}
+PAIRED = ("barlow_twins", "byol", "moco", "simclr", "simsiam", "vicreg")  # whose boxes would be larger than small slices
+RESIZED = {name: methods_short.SIZES[name] | {"crop": "resized"} for name in PAIRED}
+SIZES = (
+    methods_short.SIZES
+    | RESIZED
+    | {
+        "mae": {"d": 64, "depth": 2, "heads": 4},
+        "dino": methods_short.SIZES["dino"] | SHARP | {"local_crops": 0},
+        "ibot": methods_short.SIZES["dino"] | SHARP | {"teacher_patch_temperature": (0.02, 0.02), "local_crops": 0},
+    }
+)
 
 
 def arms() -> dict[str, dict[str, Any]]:

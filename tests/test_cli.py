@@ -18,8 +18,8 @@ from medssl.platform import find
 
 README = (find.ROOT / "README.md").read_text()
 COMMANDS = [
-    "doctor", "methods", "data list", "data prepare", "data check", "data show", "pretrain", "finetune", "evaluate",
-    "predict", "export", "sweep", "status", "stop", "leaderboard", "report", "bench",
+    "doctor", "methods", "data list", "data prepare", "data check", "data split", "data card", "data download", "data show",
+    "pretrain", "finetune", "evaluate", "predict", "export", "sweep", "status", "stop", "leaderboard", "report", "bench",
 ]  # fmt: skip
 Typed = Callable[..., tuple[int, str, str]]
 
@@ -115,8 +115,32 @@ def test_a_whole_data_set_is_prepared_checked_shown_and_listed(typed, tmp_path):
     code, out, _ = typed("data", "show", root, "--out", tmp_path / "slices.png")
     assert code == 0
     assert (tmp_path / "slices.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = typed("data", "card", root, "--out", tmp_path / "card.html")
+    assert (code, "Sample slices" in (tmp_path / "card.html").read_text()) == (0, True)
     code, out, _ = typed("data", "list", "--json")
     assert json.loads(out)["prepared"]["blobs"]["volumes"] == 4
+
+
+def test_check_tells_errors_from_warnings_and_its_exit_code_follows_the_errors(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    rewrite(root / LABEL, np.zeros_like)
+    code, out, error = typed("data", "check", root, "--workers", 1)
+    assert (code, "warning: " in out, "its label marks no class" in out) == (0, True, True)
+    assert "checking blobs: 4 of 4 volumes" in error
+    rewrite(root / IMAGE, with_nan)
+    code, out, _ = typed("data", "check", root, "--json", "--workers", 1)
+    assert code == 1
+    said = {key: [each["kind"] for each in value] for key, value in json.loads(out).items() if key in ("errors", "warnings")}
+    assert said == {"errors": ["image"], "warnings": ["empty label"]}
+
+
+def test_a_split_is_drawn_by_its_name_and_trained_on(typed, tmp_path):
+    root = decathlon(tmp_path / "blobs")
+    code, out, _ = typed("data", "split", root, "fold-1-of-4-seed-0", "--json")
+    assert (code, len(json.loads(out)["test"])) == (0, 1)
+    code, out, error = typed("finetune", "--data", root, "-o", "data.split=fold-1-of-4-sed-0", *TINY)
+    assert (code, "did you mean fold-1-of-4-seed-0?" in error) == (2, True), error
+    assert "fold-I-of-K-seed-N" in typed("data", "split", "--help")[1]
 
 
 def test_another_preset_is_refused_where_one_lies_already(typed, tmp_path):
@@ -128,6 +152,11 @@ def test_another_preset_is_refused_where_one_lies_already(typed, tmp_path):
 
 
 WRONG = {
+    "a data set that is not open": (
+        ("data", "download", "acdc"),
+        "acdc has no open, direct source: get it at https://humanheart",
+    ),
+    "an unknown download": (("data", "download", "Task04_Hipocampus"), "did you mean Task04_Hippocampus?"),
     "an unknown method": (("pretrain", "simsaim"), "did you mean simsiam?"),
     "an unknown space": (("sweep", "iou-intervals"), "did you mean iou-interval?"),
     "an unknown key": (("pretrain", "simsiam", "-o", "pretrain.iuo=1"), "did you mean iou?"),

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medssl.methods import segment, uafs
+from medssl.methods.hooks import pdcr
 from medssl.methods.optimizers import build, learning_rate, set_lr
 from medssl.methods.protocol import UNLABELLED, Step, Views
 from medssl.methods.settings import Training
@@ -21,7 +23,7 @@ from medssl.platform import find
 
 METHODS, NETWORKS = find.names("method"), find.names("network")
 SMALL = {"side": 16, "width": 8, "levels": 3, "d": 16, "hidden": 16, "bottleneck": 8}  # where a Config has such a field
-SMALL |= {"patch": 8, "depth": 4, "heads": 2, "prototypes": 32}
+SMALL |= {"patch": 8, "depth": 4, "heads": 2, "prototypes": 32, "blocks": 1, "negatives": 3}
 CLASSES = 3
 SOURCE = re.compile(r"https?://(arxiv\.org/abs/\d{4}\.\d{4,5}|doi\.org/10\.\d{4,}/\S+|\S+\.\S+/\S+)")
 
@@ -143,8 +145,20 @@ def test_what_transfers_loads_strictly_into_the_part_it_is_for(name):
     sent = method(name, seed=0).transferable_state()
     fresh = network(network_of(name), seed=1)
     target = fresh.encoder if wants(name) == "encoder" else fresh
-    target.load_state_dict(sent, strict=True)
+    blocks = find.constant("method", name, "TRANSFERS", "encoder") != "encoder"
+    missing = target.load_state_dict(sent, strict=not blocks).missing_keys
     assert all(torch.equal(target.state_dict()[key], value) for key, value in sent.items())
+    assert all(key.startswith(("decoder.", "head.")) for key in missing), "an encoder comes whole"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_says_of_itself_for_plans_is_what_it_does(name):
+    module = find.load("method", name)
+    for constant, usual in (("TRANSFERS", "encoder"), ("VIEWS", "crops"), ("SLICES_ONLY", False)):
+        assert find.constant("method", name, constant, usual) == getattr(module, constant, usual)
+    sent = method(name).transferable_state()
+    if name != "segment":
+        assert any(key.startswith("decoder.") for key in sent) == (getattr(module, "TRANSFERS", "") == "encoder+decoder")
 
 
 def train(subject: Any, optimizer: torch.optim.Optimizer, steps: range, training: Training) -> list[float]:
@@ -183,6 +197,7 @@ def test_saving_loading_and_continuing_equals_not_stopping(name):
 # Three dimensions
 
 
+SOLID_METHODS = [name for name in METHODS if not find.constant("method", name, "SLICES_ONLY", False)]
 SOLID = [name for name in NETWORKS if "spatial_dims" in {f.name for f in dataclasses.fields(find.settings("network", name))}]
 
 
@@ -207,7 +222,7 @@ def solid_views(subject: Any, seed: int = 0) -> Views:
     return subject.augment(volumes(), torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SOLID_METHODS)
 def test_every_method_learns_from_volumes(name):
     subject = solid_method(name)
     drawn = solid_views(subject)
@@ -219,7 +234,7 @@ def test_every_method_learns_from_volumes(name):
     assert not unreached
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SOLID_METHODS)
 def test_equal_generators_give_equal_views_of_volumes(name):
     subject = solid_method(name)
     first, again, other = (tensors(solid_views(subject, seed)) for seed in (0, 0, 1))
@@ -257,6 +272,39 @@ def test_encoders_give_maps_of_their_channels_from_the_finest_to_the_coarsest(na
     assert [m.shape[1] for m in maps] == list(encoder.channels)
     sides = [m.shape[-1] for m in maps]
     assert sides == sorted(sides, reverse=True)
+
+
+# What can be put into or beside any network
+
+
+PLACES = [
+    pytest.param(name, dims, marks=[pytest.mark.slow] if (name, dims) == ("swin_unetr", 3) else [])  # cubes of 64 pixels
+    for dims in (2, 3)
+    for name in (NETWORKS if dims == 2 else SOLID)
+]
+
+
+@pytest.mark.parametrize(("name", "dims"), PLACES)
+def test_uafs_and_pdcr_find_their_places_in_every_network_and_learn(name, dims):
+    def selective() -> nn.Module:
+        return uafs.insert(network(name, spatial_dims=3) if dims == 3 else network(name))
+
+    net = selective()
+    hook = pdcr.PDCR(net, pdcr.Config())
+    assert len(set(hook.config.encoder + hook.config.decoder)) == (4 if dims == 2 else 2)
+    strides = [max(hook.fields[layer].stride) for layer in hook.config.encoder]
+    coarsest = 4 if name == "unet" else 8  # the small U-Net has three levels
+    assert strides == ([2, 4] if dims == 2 else [4, 8] if coarsest == 8 else [4, 2])
+    images, labels = torch.rand(2, 1, *(32, 32, 32)[:dims]), torch.randint(0, CLASSES, (2, *(32, 32, 32)[:dims]))
+    drawn = Views([images], labels=labels, drawn={"pdcr": {}})
+    loss = segment.Segment(net, segment.Config(side=32), {"pdcr": hook}).loss(drawn, Step(0, 10))
+    assert {"pdcr/encoder", "pdcr/cross"} < loss.terms.keys()
+    assert torch.isfinite(loss.total)
+    loss.total.backward()
+    learning = {key: p for key, p in net.named_parameters() if ".gate." in key} | dict(hook.named_parameters())
+    assert any(".gate." in key for key in learning)
+    assert not [key for key, p in learning.items() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    selective().load_state_dict(net.state_dict(), strict=True)
 
 
 def declared(settings: type) -> list[tuple[Any, ...]]:

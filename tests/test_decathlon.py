@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from medssl.platform import ingest
+from medssl.platform import scans
 from medssl.platform.datasets import decathlon
 from medssl.platform.errors import RunError, UsageError
 
@@ -83,12 +83,12 @@ def test_cases_json_says_whose_a_volume_is(tmp_path):
 
 
 def test_a_folder_is_recognised_by_its_form(tmp_path):
-    assert ingest.recognise(folder(tmp_path / "good", {"imagesTr": ["a.nii.gz"]})) == "decathlon"
+    assert scans.recognise(folder(tmp_path / "good", {"imagesTr": ["a.nii.gz"]})) == "decathlon"
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"empty: no data set in a known form; expected dataset.json and imagesTr/"):
-        ingest.recognise(tmp_path / "empty")
+        scans.recognise(tmp_path / "empty")
     with pytest.raises(UsageError, match=r'no folder "decatlon", and no data set of that name; did you mean decathlon\?'):
-        ingest.recognise(Path("decatlon"))
+        scans.recognise(Path("decatlon"))
 
 
 LABELLED = {"imagesTr": ["a.nii.gz"], "labelsTr": ["a.nii.gz"]}

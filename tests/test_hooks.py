@@ -355,3 +355,10 @@ def test_every_file_cites_a_source_that_can_be_opened(name):
     text = ast.get_docstring(ast.parse(find.path("hook", name).read_text()))
     assert text
     assert SOURCE.search(text)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_are_built_without_values_too(name):
+    """So that what a network lacks is told before anything is trained (`stages.check`)."""
+    with torch.device("meta"):
+        assert segment(name).active

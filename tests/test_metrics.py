@@ -153,6 +153,21 @@ def test_missed_and_hallucinated_are_counted_apart_from_the_means():
     assert by_name["spleen", "hd95_mm"] == math.inf
 
 
+def test_iou_and_accuracy_are_those_of_a_count_by_hand():
+    """The cells of a confusion matrix, counted pair by pair; voxels that nobody annotated do not count."""
+    generator = torch.Generator().manual_seed(0)
+    reference, prediction = (torch.randint(0, 3, (3, 6, 5), generator=generator).to(torch.uint8) for _ in range(2))
+    reference[0] = UNLABELLED
+    scores = metrics.score_volume(prediction, volume(reference), (*CLASSES[:3], "none"), "test")
+    by_name = {(score.class_name, score.metric): score.value for score in scores}
+    pairs = list(zip(prediction[1:].flatten().tolist(), reference[1:].flatten().tolist(), strict=True))
+    for class_id, name in enumerate(CLASSES[1:3], 1):
+        either = [pair for pair in pairs if class_id in pair]
+        assert by_name[name, "iou"] == pytest.approx(sum(p == r for p, r in either) / len(either))
+    assert math.isnan(by_name["none", "iou"])
+    assert by_name["all with background", "accuracy"] == pytest.approx(sum(p == r for p, r in pairs) / len(pairs))
+
+
 def test_overlap_of_zero_is_neither_missed_nor_hallucinated():
     reference, prediction = empty(1, 4, 4), empty(1, 4, 4)
     reference[0, 0, 0] = prediction[0, 3, 3] = 1

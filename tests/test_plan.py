@@ -93,6 +93,14 @@ def test_labelled_subsets_nest():
         plan.labelled_patients(config.build({"data": {"labelled": 4}}), SPLIT)
 
 
+def test_a_share_of_the_labelled_patients_is_the_number_nearest_to_it_and_one_at_least():
+    assert ids(data__labelled=0.7) == ids(data__labelled=2) == ids(data__labelled=2.0)
+    assert resolved(data__labelled=0.1).data.labelled == 1
+    for wrong in (0, -1, 1.5, 0.0):
+        with pytest.raises(UsageError, match=r"data: labelled is .*a share of them below 1"):
+            resolved(data__labelled=wrong)
+
+
 def test_epochs_become_steps_of_the_slices_that_a_stage_trains_on():
     experiment = resolved(
         pretrain__training__epochs=8, pretrain__training__batch=5, data__labelled=1, finetune__training__epochs=8

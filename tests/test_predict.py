@@ -112,6 +112,26 @@ def test_channels_are_gathered_in_their_order(tmp_path):
     assert nibabel.load(answer).shape == last.shape
 
 
+def test_a_picture_is_answered_by_a_picture_and_any_other_volume_by_nifti_in_its_place(tmp_path):
+    from PIL import Image
+
+    colour = np.random.default_rng(0).integers(0, 256, (11, 17, 3)).astype(np.uint8)
+    Image.fromarray(colour).save(tmp_path / "skin.png")
+    preset = Preset(None, (0.0, 255.0), None, foreground_box=False, pad=0, dtype="uint8")
+    (answer,), (line,) = run([tmp_path / "skin.png"], tmp_path / "out", preset, channels=3)
+    assert answer == tmp_path / "out" / "skin.png"
+    with Image.open(answer) as labels:
+        assert np.array_equal(np.asarray(labels), colour[..., 2] > 153)
+    assert line == f"skin: tissue {(colour[..., 2] > 153).mean():.1%}"
+
+    sitk = pytest.importorskip("SimpleITK")
+    image, affine = scan((20, 23, 14)), np.diag([-0.8, 1.1, 2.0, 1.0])
+    sitk.WriteImage(sitk.ReadImage(str(save(tmp_path / "bert.nii", image, affine))), str(tmp_path / "bert.mha"))
+    (answer,), _ = run([tmp_path / "bert.mha"], tmp_path / "out")
+    assert np.array_equal(np.asarray(nibabel.load(answer).dataobj), image > 100)
+    assert np.allclose(nibabel.load(answer).affine, affine, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("names", "channels", "groups"),
     [
@@ -131,7 +151,7 @@ def test_a_number_is_a_channel_only_where_the_network_has_that_channel(names, ch
     [
         (["a_0001.nii.gz"], 2, "a: the network takes 2 channel.s. and was given a_0001.nii.gz; expected a_0000 to a_0001"),
         (["one/a.nii.gz", "two/a.nii"], 1, "would both become a.nii.gz"),
-        (["a.dcm"], 1, "a.dcm is not a NIfTI volume by its name"),
+        (["a.doc"], 1, "a.doc is no scan by its name; expected a folder of DICOM, or .nii.gz, .nii"),
     ],
 )
 def test_files_that_make_no_volumes_are_refused_before_anything_runs(names, channels, message):

@@ -38,6 +38,10 @@ def pretrain(**values: Any) -> dict[str, Any]:
     return {f"pretrain.{key.replace('__', '.')}": value for key, value in values.items()}
 
 
+def further(**values: Any) -> dict[str, Any]:
+    return {f"further.{key.replace('__', '.')}": value for key, value in values.items()}
+
+
 def finetune(**values: Any) -> dict[str, Any]:
     return {f"finetune.{key.replace('__', '.')}": value for key, value in values.items()}
 
@@ -88,6 +92,21 @@ TABLES: dict[str, dict[str, Any]] = {
         training__clip=5.0, training__steps=150 * (1498 // 192), training__batch=192, training__precision="fp16",
         training__evaluations=15,
     ) | {"evaluate.inference": "whole", "evaluate.metric": "dice"},
+    "global-local": {"network.name": "unet_chaitanya", "evaluate.inference": "whole"} | pretrain(  # fact sheet global-local.md
+        name="global_contrast", strategy="partition-positives", partitions=4, side=192, temperature=0.1,
+        training__steps=10_000, training__batch=6 * 4,
+    ) | further(
+        name="local_contrast", strategy="random", blocks=3, region=3, regions=13, negatives=5, side=192, temperature=0.1,
+        training__steps=10_000, training__batch=10,
+    ) | finetune(
+        name="segment", side=192, crops=1, balanced=False, dice=1.0, cross_entropy=0, zoom_p=0, flip_p=0, rot90_p=0,
+        affine_p=4 / 5, elastic_p=0.525, elastic_sigma=5.0, intensity_scale=0.2, intensity_scale_p=0.5, intensity_shift=0.1,
+        intensity_shift_p=0.5, blur_p=0, noise_p=0, training__optimizer="adam", training__lr=1e-3, training__end_lr=1e-3,
+        training__warmup=0, training__weight_decay=0, training__steps=10_000, training__batch=20,
+        training__evaluations=10_000 // 50,
+    ),
+    "global-local-parity": pretrain(name="global_contrast", pairing="ring", scale="rows")
+    | further(name="local_contrast", regions="paper", scale="rows"),
 }  # fmt: skip
 
 # Contrast-You, sections 1.11 to 2.6 of its fact sheet
@@ -183,14 +202,28 @@ def test_dino_fine_tunes_at_its_own_width_when_named_last():
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("finetune")])
 def test_a_presets_chain_makes_views_of_its_side(name):
-    part = config.build(config.read(Path(name))).pretrain
-    assert part
+    given = config.read(Path(name))
+    sides = {section: {"side": 96} for section in ("pretrain", "further") if section in given}  # where the file has none
+    experiment = config.build(config.stack([sides, given]))
     batch = {"image": torch.randint(0, 256, (2, 1, 240, 230), dtype=torch.uint8), "size": torch.tensor([[240, 230]] * 2)}
-    method = find.load("method", part.name).METHOD
-    encoder = torch.nn.Identity()
-    encoder.channels = (4,)  # type: ignore[assignment]
-    views = method(encoder, part.settings).augment(batch, torch.Generator().manual_seed(0))
-    assert [tuple(images.shape) for images in views.images] == [(2, 1, part.settings.side, part.settings.side)] * 2
+    batch |= {"position": torch.tensor([0.0, 1.0]), "volume": torch.arange(2)}
+    for part in (experiment.pretrain, experiment.further):
+        if part is None:
+            continue
+        method = find.load("method", part.name).METHOD
+        subject = torch.nn.Conv2d(1, 4, 3)
+        subject.channels = (4,)  # type: ignore[assignment]
+        if part is experiment.further:
+            subject = find.load("network", "unet_chaitanya").NETWORK(1, 2)  # type: ignore[assignment]
+        views = method(subject, part.settings).augment(batch, torch.Generator().manual_seed(0))
+        assert [tuple(images.shape) for images in views.images] == [(2, 1, part.settings.side, part.settings.side)] * 2
+
+
+def test_parity_is_put_after_the_recipe_and_changes_the_losses_alone():
+    layers = [config.read(Path(name)) for name in ("global-local", "global-local-parity")]
+    tree = flat(config.build(config.stack(layers)).tree())
+    expected = TABLES["global-local"] | TABLES["global-local-parity"]
+    assert {key: tree[key] for key in expected} == expected
 
 
 def test_a_fine_tuning_presets_chain_makes_labelled_views_of_its_side():

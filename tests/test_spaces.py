@@ -196,6 +196,23 @@ def test_the_default_weights_are_an_arm_of_their_space():
     assert built(segmentation.arms()[segmentation.CONTROL], segmentation).finetune == built({}, segmentation).finetune
 
 
+def test_pdcr_and_uafs_are_added_to_cross_entropy_at_a_quarter_and_at_all_labels():
+    space = find.load("space", "pdcr")
+    every = {label: built(settings, space) for label, settings in space.arms().items()}
+    arms = {label: plan.resolve(arm, toy_store(), toy_split()) for label, arm in every.items()}
+    assert {label: len(plan.labelled_patients(arm, toy_split())) for label, arm in arms.items() if label.startswith("CE")} == {
+        "CE, 25 %": 3,
+        "CE, 100 %": 12,
+    }
+    for label, control in space.COMPARE.items():
+        ours, theirs = arms[label], arms[control]
+        assert [hook.name for hook in ours.hooks] == (["pdcr"] if "PDCR" in label else [])
+        assert (ours.finetune.uafs is not None) == ("UAFS" in label)
+        plain = {**ours.tree(), "finetune": {key: value for key, value in ours.tree()["finetune"].items() if key != "uafs"}}
+        assert {key: value for key, value in plain.items() if key not in ("hooks", "unlabelled")} == theirs.tree()
+        assert (ours.finetune.settings.dice, ours.pretrain) == (0, None)
+
+
 def test_semi_supervised_arms_differ_from_their_control_in_hooks_alone():
     space, chains = find.load("space", "semi-supervised"), finetunings("semi-supervised")
     fed = {name for name in find.names("hook") if not find.constant("hook", name, "LABELLED_ONLY", False)}

@@ -17,23 +17,58 @@ of the decoder, likewise; and pairs of maps (`cross`), brought by strided convol
 N vectors that are all alike have ℓ = log N: every term is weight · (ℓ - log N), 0 for features that tell nothing and
 negative when they separate the classes. No gradient changes by it.
 
+Modules are named as in `network.named_modules()`. What is None is the paper's, on any network:
+
+                2D                                              3D
+    encoder     the encoder's last maps at 1/2 and 1/4          at 1/4 and 1/8
+                (where it has none at a resolution, the network's first there, else the nearest: `chosen`)
+    samples     64, 32, 8, …                                    64 each; as many as there are cells, where these are fewer
+    decoder     two maps, at 1/4 or then 1/2; 32, 8, … samples  none
+    cross       the encoder's; 32 samples; a grid of 1/16       64 samples; a grid as coarse as the coarser map
+    ratio       hierarchical                                    receptive-field; hierarchical where maps see the whole image
+    τ, adapted  1, 32 channels                                  0.5, 128 channels
+    weights     0.1, 0.01, 0.01                                 0.005 each: 0.01 times the mean over two levels there
+
+In `networks/deeplab.py` these are stem2 and block1, low and conv1. The paper takes what `cross` compares before UAFS, here
+it is what the module gives after it; "encoder.stem2.module" names what was there before.
+
 What differs from the paper's 2D code, which cannot be run: there attraction was weighted by D and repulsion by 1 - D, which
 collapses the features (the 3D code and the abstract have it as here); windows were transposed and off-centre, NaN in images
 that are not square, and those of `cross` in the corner; losses were sums over images and pairs, so its weights do not
 transfer: the defaults keep their numbers on the mean, to be searched anew. The nine outer cells of maps are not left out.
-In its 3D code D is Σ over the foreground classes, s has the greatest cosine for 1, τ is 0.5, and both weights are 0.01.
-`pdcr` gives those forms too, for known values; training has the one above. Defaults name the maps of `networks/deeplab.py`.
+In its 3D code D is Σ over the foreground classes, s has the greatest cosine for 1, and `cross` compares cells of two grids.
+`pdcr` gives those forms too, for known values; training has the one above.
+
+In nnU-Net v2 (with nnUNet_compile=f) the terms are three overrides of its trainer; PlainConvUNet has the two levels above:
+
+    from medssl.methods.hooks.pdcr import PDCR, Config          # and medssl.methods.uafs.insert, medssl.methods.settings.UAFS
+    class nnUNetTrainerPDCR(nnUNetTrainer):
+        def configure_optimizers(self):
+            self.pdcr = PDCR(self.network, Config())             # before it, if wanted: insert(self.network, UAFS(layers=…))
+            optimizer, schedule = super().configure_optimizers()
+            optimizer.add_param_group({"params": list(self.pdcr.parameters())})
+            return optimizer, schedule
+        def _build_loss(self):
+            own = super()._build_loss()
+            def loss(logits, target):                            # lists, the finest first, with deep supervision
+                finest, labels = (x[0] if isinstance(x, (list, tuple)) else x for x in (logits, target))
+                rng = torch.Generator(finest.device).manual_seed(self.current_epoch)
+                terms = self.pdcr.contrast(finest, labels[:, 0], rng) if finest.requires_grad else {}
+                return own(logits, target) + sum(terms.values())
+            return loss
+
+and, as validation and inference need no label, nothing else. Its "ignore" label must be 255 (`protocol.UNLABELLED`).
 
 What is drawn is the seed of the cells (`sampling`). `weight`, with its ramp, is a factor of all terms. What transfers is the
 network; the parameters of `cross` belong to the hook. At inference nothing of it runs.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,45 +82,49 @@ from medssl.methods.ramps import weight
 from medssl.methods.receptive import Field
 from medssl.methods.segment import Drawn, Hook, Pass
 from medssl.methods.taps import Taps
+from medssl.methods.uafs import Selected
 
 LABELLED_ONLY = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(settings.Hook):
-    encoder: tuple[str, ...] = ("encoder.stem2", "encoder.block1")  # modules of the network; (): no such term
-    decoder: tuple[str, ...] = ("decoder.low", "decoder.conv1")
-    cross: tuple[str, ...] = ("encoder.stem2", "encoder.block1")  # two or more: each pair of them
-    encoder_samples: tuple[int, ...] = (64, 32)  # N of each module
-    decoder_samples: tuple[int, ...] = (32, 8)
-    cross_samples: int = 32
-    encoder_weight: float = 0.1
-    decoder_weight: float = 0.01
-    cross_weight: float = 0.01
-    ratio: Literal["hierarchical", "receptive-field"] = "hierarchical"
+    encoder: tuple[str, ...] | None = None  # modules of the network; (): no such term; None, here and below: see above
+    decoder: tuple[str, ...] | None = None
+    cross: tuple[str, ...] | None = None  # two or more: each pair of them
+    encoder_samples: tuple[int, ...] | None = None  # N of each module
+    decoder_samples: tuple[int, ...] | None = None
+    cross_samples: int | None = None
+    encoder_weight: float | None = None
+    decoder_weight: float | None = None
+    cross_weight: float | None = None
+    ratio: Literal["hierarchical", "receptive-field"] | None = None
     patches: tuple[int, ...] = (5, 7, 9)  # pixels of the image, sides of the hierarchical windows
     average: Literal["losses", "ratios"] = "losses"  # over the patches; paper, ablation (b): losses are better
     patch_weights: tuple[float, ...] | None = None  # of the patches where ratios are averaged; None: equal
     sampling: Literal["stride", "random", "class-balanced", "boundary"] = "stride"  # which cells (see `positions`)
-    temperature: float = 1.0  # τ (3D: 0.5)
-    adapted: int = 32  # channels of adapted maps
-    cross_stride: int = 16  # pixels per cell of their common grid
+    temperature: float | None = None  # τ
+    adapted: int | None = None  # channels of adapted maps
+    cross_stride: int | None = None  # pixels per cell of their common grid
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for term in ("encoder", "decoder"):
             layers, samples = getattr(self, term), getattr(self, f"{term}_samples")
-            if len(layers) != len(samples) or not all(n > 1 for n in samples):
+            if samples is not None and (len(samples) != len(layers or samples) or not all(n > 1 for n in samples)):
                 raise ValueError(f"{term}_samples is {samples} for the modules {layers}: expected a number above 1 for each")
-        if len(self.cross) == 1 or len(set(self.cross)) < len(self.cross) or self.cross_samples < 2:
+        cross = self.cross or ()
+        if len(cross) == 1 or len(set(cross)) < len(cross) or (self.cross_samples or 2) < 2 or self.cross_samples == 0:
             raise ValueError(
                 f"cross is {self.cross} with {self.cross_samples} samples: expected none or several modules, and 2"
             )
-        if not self.encoder + self.decoder + self.cross:
+        if (self.encoder, self.decoder, self.cross) == ((), (), ()):
             raise ValueError("encoder, decoder and cross name no module: expected one at least")
-        if min(self.encoder_weight, self.decoder_weight, self.cross_weight) < 0 or self.temperature <= 0:
+        weights = (self.encoder_weight, self.decoder_weight, self.cross_weight)
+        if any(each is not None and each < 0 for each in weights) or (self.temperature is not None and self.temperature <= 0):
             raise ValueError("expected encoder_weight, decoder_weight, cross_weight >= 0 and temperature > 0")
-        if not self.patches or min(*self.patches, self.adapted, self.cross_stride) < 1:
+        sides = [*self.patches, *(each for each in (self.adapted, self.cross_stride) if each is not None)]
+        if not self.patches or min(sides) < 1:
             raise ValueError(
                 f"patches is {self.patches}, adapted {self.adapted}, cross_stride {self.cross_stride}: expected > 0"
             )
@@ -95,6 +134,66 @@ class Config(settings.Hook):
             raise ValueError('patch_weights belong to `average` "ratios", one for each of `patches`')
         if self.patch_weights is not None and (min(self.patch_weights) < 0 or not any(self.patch_weights)):
             raise ValueError(f"patch_weights is {self.patch_weights}: expected weights of at least 0, not all 0")
+
+
+# ----------------------------------------------------------------------------------------------------- what None stands for
+
+PAPER: dict[int, dict[str, Any]] = {  # by dimensions
+    2: {"encoder_weight": 0.1, "decoder_weight": 0.01, "cross_weight": 0.01, "temperature": 1.0, "adapted": 32},
+    3: {"encoder_weight": 0.005, "decoder_weight": 0.005, "cross_weight": 0.005, "temperature": 0.5, "adapted": 128},
+}
+STRIDES = {2: (2, 4), 3: (4, 8)}  # of the encoder's maps, in pixels
+SAMPLES: dict[int, dict[str, tuple[int, ...]]] = {  # of each module; those after the last have as many as it
+    2: {"encoder": (64, 32, 8), "decoder": (32, 8), "cross": (32,)},
+    3: {"encoder": (64,), "decoder": (64,), "cross": (64,)},
+}
+
+
+def chosen(config: Config, network: nn.Module) -> Config:
+    """`config` with a value for every None but those of samples. Raises ValueError where the network has too few maps."""
+    maps = receptive.maps(network)
+    dims = receptive.dimensions(network)
+    free = replace(config, **{key: value for key, value in PAPER[dims].items() if getattr(config, key) is None})
+    if free.encoder is None:
+        free = replace(free, encoder=_encoder(maps, STRIDES[dims], len(config.encoder_samples or STRIDES[dims]), network))
+    encoder = _given(free.encoder)
+    if free.decoder is None:
+        wanted = len(config.decoder_samples or (2, 2)) if dims == 2 or config.decoder_samples else 0
+        free = replace(free, decoder=_decoder(maps, encoder, wanted, network))
+    if free.cross is None:
+        free = replace(free, cross=encoder if len(encoder) > 1 else ())
+    return free
+
+
+def _encoder(maps: Mapping[str, Field], strides: Sequence[int], count: int, network: nn.Module) -> tuple[str, ...]:
+    """At each stride the encoder's last map, or the network's first where the encoder has none; else the nearest stride's."""
+    found: list[str] = []
+    for wanted in strides[:count]:
+        left = {name: field for name, field in maps.items() if name not in found}
+        nearest = min((abs(math.log2(max(field.stride) / wanted)) for field in left.values()), default=math.inf)
+        at = [name for name, field in left.items() if abs(math.log2(max(field.stride) / wanted)) == nearest]
+        own = [name for name in at if name.startswith("encoder.")]
+        found += own[-1:] or at[:1]
+    if len(found) < count:
+        raise ValueError(
+            f"pdcr: {count} modules are wanted and {type(network).__name__} has maps at {receptive.listed(maps) or 'none'}; "
+            "name them in hooks.pdcr.encoder"
+        )
+    return tuple(found)
+
+
+def _decoder(maps: Mapping[str, Field], encoder: Sequence[str], count: int, network: nn.Module) -> tuple[str, ...]:
+    """The first maps of the decoder at a quarter of the resolution that are made by weights, then at a half, then others."""
+    others = [name for name in maps if name.startswith("decoder.") and name not in encoder]
+    own = [name for name in others if _weighted(network.get_submodule(name))]
+    order = sorted(own, key=lambda name: abs(math.log2(max(maps[name].stride) / 4) + 0.1))
+    return tuple(order[:count])
+
+
+def _weighted(module: nn.Module) -> bool:
+    """Whether the module itself has weights, apart from the head of UAFS that may follow it."""
+    own = module.module if isinstance(module, Selected) else module
+    return any(True for _ in own.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------- the loss
@@ -256,14 +355,32 @@ class PDCR(nn.Module):
 
     def __init__(self, network: nn.Module, config: Config):
         super().__init__()
-        self.config = config
-        names = list(dict.fromkeys(config.encoder + config.decoder + config.cross))
-        self.fields = receptive.fields(network, names)
-        if config.ratio == "receptive-field" and (wide := [name for name in names if self.fields[name].everywhere]):
-            raise ValueError(f'pdcr: {", ".join(wide)} see the whole image; take other modules, or ratio "hierarchical"')
+        config = chosen(config, network)
+        names = list(dict.fromkeys(_given(config.encoder) + _given(config.decoder) + _given(config.cross)))
+        try:
+            self.fields = receptive.fields(network, names)
+        except ValueError as error:
+            raise ValueError(f"pdcr: {error}; usable modules: {receptive.listed(receptive.maps(network))}") from error
+        wide = [name for name in names if self.fields[name].everywhere]
+        if config.ratio == "receptive-field" and wide:
+            narrow = {name: field for name, field in receptive.maps(network).items() if not field.everywhere}
+            raise ValueError(
+                f"pdcr: {', '.join(wide)} see the whole image; take modules that do not ({receptive.listed(narrow)}), "
+                'or ratio "hierarchical"'
+            )
+        self.config = config = self._with_windows(config, bool(wide))
         device = next(network.parameters()).device
-        self.adapters = nn.ModuleList(adapter(name, self.fields[name], config).to(device) for name in config.cross)
+        self.adapters = nn.ModuleList(adapter(name, self.fields[name], config).to(device) for name in _given(config.cross))
         self.taps = Taps(network, names)
+
+    def _with_windows(self, config: Config, wide: bool) -> Config:
+        """What depends on the fields of the chosen maps: the kind of window, and the grid across layers."""
+        strides = [field.stride for field in self.fields.values()]
+        solid = len(strides[0]) == 3
+        common = math.lcm(*(jump for name in _given(config.cross) for jump in self.fields[name].stride)) if config.cross else 1
+        grid = config.cross_stride or (common if solid else -(-16 // common) * common)
+        usual: Any = "receptive-field" if solid and not wide else "hierarchical"
+        return replace(config, ratio=config.ratio or usual, cross_stride=grid)
 
     def remove(self) -> None:
         self.taps.remove()
@@ -289,19 +406,32 @@ class PDCR(nn.Module):
         terms: dict[str, Tensor] = {}
         own = {"encoder": config.encoder_weight, "decoder": config.decoder_weight}
         for term, share in own.items():
-            layers = zip(getattr(config, term), getattr(config, f"{term}_samples"), strict=True)
-            samples = [sampled(features[name], self.fields[name], count) for name, count in layers]
+            layers = _given(getattr(config, term))
+            usual = [self._usual(term, features[name], place) for place, name in enumerate(layers)]
+            counts = getattr(config, f"{term}_samples") or usual
+            each = zip(layers, counts, strict=True)
+            samples = [sampled(features[name], self.fields[name], count) for name, count in each]
             if samples:
+                assert share is not None
                 terms[term] = share * self._contrast([(each, each) for each in samples])
         if config.cross:
+            assert config.cross_stride is not None
+            assert config.cross_weight is not None
             maps = [adapt(features[name]) for name, adapt in zip(config.cross, self.adapters, strict=True)]
             grids = [on_grid(self.fields[name], config.cross_stride) for name in config.cross]
-            samples = [sampled(x, grid, config.cross_samples) for x, grid in zip(maps, grids, strict=True)]
+            counts = [config.cross_samples or self._usual("cross", x) for x in maps]
+            samples = [sampled(x, grid, n) for x, grid, n in zip(maps, grids, counts, strict=True)]
             terms["cross"] = config.cross_weight * self._contrast(list(combinations(samples, 2)))
         return terms
 
     def after_step(self, network: nn.Module, step: Step) -> None:
         pass
+
+    def _usual(self, term: str, x: Tensor, place: int = 0) -> int:
+        """The paper's N of the term's module number `place`, or as many cells as the map x has."""
+        every = SAMPLES[x.dim() - 2][term]
+        usual = every[min(place, len(every) - 1)]
+        return min(usual, math.prod(x.shape[2:]))
 
     @torch.no_grad()
     def _chosen(
@@ -319,16 +449,19 @@ class PDCR(nn.Module):
 
     def _contrast(self, pairs: Sequence[tuple[_Sample, _Sample]]) -> Tensor:
         """Summed over the pairs of maps and averaged over the series: the loss above that of features all alike."""
-        total = []
+        total, temperature = [], self.config.temperature
+        assert temperature is not None
         for a, b in pairs:
             known = (a.known, b.known)
-            loss = pdcr(a.vectors, b.vectors, divergence(a.shares, b.shares), self.config.temperature, known)
+            loss = pdcr(a.vectors, b.vectors, divergence(a.shares, b.shares), temperature, known)
             total.append(loss.mean() - floor(known))
         return torch.stack(total).sum()
 
 
 def adapter(name: str, field: Field, config: Config) -> nn.Sequential:
     """A convolution whose kernel is its stride, from a map to the common grid, with batch norm and rectifier."""
+    assert config.cross_stride is not None
+    assert config.adapted is not None
     kernel = _steps(field, config.cross_stride, name)
     convolution = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
     layers = convolution(field.channels, config.adapted, kernel, kernel, bias=False)  # type: ignore[arg-type]
@@ -345,6 +478,11 @@ def _steps(field: Field, stride: int, name: str = "a map") -> tuple[int, ...]:
     if any(stride % jump for jump in field.stride):
         raise ValueError(f"pdcr: {name} has a stride of {field.stride} pixels, which does not divide cross_stride {stride}")
     return tuple(stride // jump for jump in field.stride)
+
+
+def _given(names: tuple[str, ...] | None) -> tuple[str, ...]:
+    assert names is not None, "`chosen` has chosen them"
+    return names
 
 
 HOOK: type[Hook] = PDCR

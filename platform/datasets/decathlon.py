@@ -6,10 +6,17 @@
                       or one file per channel: <volume>_0000.nii.gz, <volume>_0001.nii.gz, …
     labelsTr/         <volume>.nii.gz, one for each volume of imagesTr; no such folder: nothing is labelled
     imagesTs/         with labelsTs: the official test part; without: unlabelled volumes for pretraining
-    cases.json        optional: [{"name": volume, "patient" or "subject": whose, "phase": …, "split": train|val|test}]
+    cases.json        optional: [{"name": volume, "patient" or "subject": whose, "phase": …, "site": …, "group": …,
+                      "split": train|val|test}]
 
 Formats: Antonelli et al., Nature Communications 2022, https://doi.org/10.1038/s41467-022-30695-9 (http://medicaldecathlon.com);
 nnU-Net, documentation/dataset_format.md of https://github.com/MIC-DKFZ/nnUNet.
+
+The ten tasks of the Decathlon are known by their folders' names (TASKS): what their dataset.json does not say is taken from
+there; CC BY-SA 4.0, from http://medicaldecathlon.com/dataaws. Of several channels `-o channels=[0]` takes the first.
+Task05_Prostate has the preset and splits of global and local contrast (Chaitanya 2020,
+https://doi.org/10.48550/arXiv.2006.10511): T2 alone, 0.625 mm in the plane, cut or padded to 192 x 192. Deviations: N4 is off
+(-o n4=1, extra [n4]); the paper's validation patients are taken out of the pretraining pool.
 
 The folders say which volumes there are; what dataset.json lists must be among them. Without cases.json each volume is its
 own patient. Whether the files can be read is for `ingest` to find out.
@@ -23,14 +30,50 @@ from typing import Any
 
 from medssl.platform.errors import RunError
 from medssl.platform.records import Case, DataInfo, Part
+from medssl.platform.splits import Split, published
 
+OBTAIN = "http://medicaldecathlon.com/dataaws"
+LICENCE = "CC BY-SA 4.0"
+CITATION = "Antonelli et al. 2022, https://doi.org/10.1038/s41467-022-30695-9"
+# What the published dataset.json of each task calls its channels and its classes from 1 on
+TASKS = {
+    "Task01_BrainTumour": (("FLAIR", "T1w", "t1gd", "T2w"), ("edema", "non-enhancing tumor", "enhancing tumour")),
+    "Task02_Heart": (("MRI",), ("left atrium",)),
+    "Task03_Liver": (("CT",), ("liver", "cancer")),
+    "Task04_Hippocampus": (("MRI",), ("Anterior", "Posterior")),
+    "Task05_Prostate": (("T2", "ADC"), ("PZ", "TZ")),
+    "Task06_Lung": (("CT",), ("cancer",)),
+    "Task07_Pancreas": (("CT",), ("pancreas", "cancer")),
+    "Task08_HepaticVessel": (("CT",), ("Vessel", "Tumour")),
+    "Task09_Spleen": (("CT",), ("spleen",)),
+    "Task10_Colon": (("CT",), ("colon cancer primaries",)),
+}
+PAPER_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"Task05_Prostate": ("prostate", {"channels": (0,), "n4": 0})}
+POOL, TEST = "0-2,4,6,7,10,13,14,16-18,20,21,24,25,28", "29,31,32,34,35,37-44,46,47"  # prostate_00 …
+COMBINATIONS = {  # labelled patients, and the two that select
+    "tr1-c1": ("1", "13,14"),
+    "tr1-c2": ("2", "17,20"),
+    "tr1-c3": ("6", "25,28"),
+    "tr1-c4": ("0", "13,14"),
+    "tr1-c5": ("4", "25,28"),
+    "tr2-c1": ("0,1", "13,14"),
+    "tr2-c2": ("21,24", "17,20"),
+    "tr2-c3": ("1,2", "25,28"),
+    "tr2-c4": ("4,10", "13,14"),
+    "tr2-c5": ("0,7", "25,28"),
+    "tr8-c1": ("0,1,2,4,6,7,10,16", "13,14"),
+    "tr8-c2": ("2,4,6,7,10,16,21,18", "17,20"),
+    "tr8-c3": ("0,1,6,7,10,17,18,24", "25,28"),
+    "trall": (POOL, "13,14"),
+}
 ENDINGS = (".nii.gz", ".nii")
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
 def matches(root: Path) -> bool:
-    """Whether `root` looks like such a folder."""
-    return (root / "dataset.json").is_file() and (root / "imagesTr").is_dir()
+    """Whether `root` looks like such a folder, and not like AMOS's, which has scans of two modalities."""
+    amos = any(root.glob("imagesTr/amos_????.nii.gz"))
+    return (root / "dataset.json").is_file() and (root / "imagesTr").is_dir() and not amos
 
 
 def read_json(path: Path) -> Any:
@@ -76,19 +119,23 @@ def class_names(root: Path) -> tuple[str, ...]:
 
 def info(root: Path) -> DataInfo:
     """What dataset.json says: CT is windowed, any other modality is normalised per volume. Raises RunError on nonsense."""
+    task = root.resolve().name if root.resolve().name in TASKS else None
     said, channels = read_json(root / "dataset.json"), channel_names(root)
     computed = [name.upper() == "CT" for name in channels]
     if any(computed) and not all(computed):
         raise RunError(
             f"{root / 'dataset.json'}: channels {channels} mix CT with others, which no one preset suits; split the data set"
         )
+    preset, changes = PAPER_PRESETS.get(task or "", ("ct" if all(computed) else "mr", {}))
     return DataInfo(
         name=str(said.get("name") or root.resolve().name),
         classes=class_names(root),
         channels=tuple(channels),
-        licence=str(said.get("licence") or said.get("license") or "unknown"),
-        citation=str(said.get("reference") or ""),
-        preset="ct" if all(computed) else "mr",
+        licence=str(said.get("licence") or said.get("license") or (LICENCE if task else "unknown")),
+        citation=CITATION if task else str(said.get("reference") or ""),
+        preset=preset,
+        preset_changes=changes,
+        obtain=OBTAIN if task else "",
     )
 
 
@@ -189,5 +236,11 @@ def case(
             raise RunError(f"{root / 'cases.json'}: does not say whose volume {volume} is; add it, with its patient")
         return Case(volume, volume, paths, label, part)
     patient = entry.get("patient", entry.get("subject"))
-    phase = entry.get("phase")
-    return Case(str(patient), volume, paths, label, entry.get("split") or part, None if phase is None else str(phase))
+    phase, site, group = (None if entry.get(key) is None else str(entry[key]) for key in ("phase", "site", "group"))
+    return Case(str(patient), volume, paths, label, entry.get("split") or part, phase, site, group)
+
+
+def splits(root: Path) -> Iterator[Split]:
+    """Global and local contrast's combinations of the prostate task."""
+    for name, (labelled, val) in COMBINATIONS.items() if root.resolve().name == "Task05_Prostate" else ():
+        yield published(f"global-local-{name}", "prostate_{:02d}", POOL, val, TEST, labelled)

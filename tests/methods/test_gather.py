@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from medssl.methods.protocol import UNLABELLED, Step, Views
 from medssl.methods.segment import Config as SegmentConfig
 from medssl.methods.segment import Segment
 from medssl.methods.simsiam import SimSiam
+from medssl.platform import partitions
 
 PARTS = [slice(0, 5), slice(5, 8)]
 WHOLE = slice(0, 8)
@@ -104,17 +106,48 @@ def paired(method: Callable[[nn.Module], nn.Module]) -> Whole:
     return Whole(model, lambda part: model.loss(Views([view[part] for view in views]), Step(0, 1)).total)
 
 
-def partitioned(strategy: Literal["random", "partition-positives"]) -> Whole:
+def partitioned(
+    strategy: Literal["random", "partition-negatives", "partition-positives"], pairing: Literal["all", "ring"] = "all"
+) -> Whole:
     """Global contrast: partners and negatives of a slice lie with both workers."""
     model = global_contrast.GlobalContrast(
         UNet(1, 2, Config(width=4, levels=2, norm="batch")).encoder,
-        global_contrast.Config(strategy=strategy, side=8, grid=2, d=6, hidden=12),
+        global_contrast.Config(strategy=strategy, pairing=pairing, side=8, grid=2, d=6, hidden=12),
     )
     views, where, whose = torch.randn(2, 8, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]), torch.arange(8) // 3
 
     def objective(part: slice) -> Tensor:
         groups = {"partition": where[part], "volume": whose[part]}
         return model.loss(Views([view[part] for view in views], groups=groups), Step(0, 1)).total
+
+    return Whole(model, objective)
+
+
+def composed(method: Literal["global", "local"]) -> Whole:
+    """The loss of 4 volumes x 2 partitions that the batch planner chose, from the batch to the loss.
+
+    Each worker composes its own share; where a part is no worker's share of 2, as in the whole, all is one worker's.
+    """
+    volume = np.repeat(np.arange(5), [3, 1, 4, 2, 6])
+    position = np.concatenate([np.arange(n, dtype=np.float32) / max(n - 1, 1) for n in (3, 1, 4, 2, 6)])
+    images = torch.randn(2, 16, 1, 16, 16)
+    network = UNet(1, 2, Config(width=4, levels=3, norm="batch"))
+    model: nn.Module = global_contrast.GlobalContrast(
+        network.encoder, global_contrast.Config(partitions=2, side=16, grid=2, d=6, hidden=12)
+    )
+    if method == "local":
+        settings = {"blocks": 1, "regions": 5, "region": 1, "negatives": 2, "side": 16}
+        model = local_contrast.LocalContrast(network, local_contrast.Config(strategy="correspondence", **settings))
+
+    def objective(part: slice) -> Tensor:
+        world = gather.workers()
+        rank = dist.get_rank() if world > 1 else 0
+        rows = torch.from_numpy(
+            next(partitions.indices(volume, position, volumes=4, partitions=2, seed=1, start=2, rank=rank, world=world))
+        )
+        groups = {"partition": global_contrast.partition(torch.from_numpy(position)[rows], 2)}
+        groups["volume"] = torch.from_numpy(volume)[rows]
+        return model.loss(Views(list(images[:, rows]), groups=groups), Step(0, 1)).total
 
     return Whole(model, objective)
 
@@ -176,7 +209,11 @@ CASES: dict[str, Callable[[], Whole]] = {
     "vicreg": lambda: paired(lambda encoder: vicreg.VICReg(encoder, vicreg.Config(side=8, d=16, hidden=12))),
     "global_contrast": lambda: partitioned("partition-positives"),
     "global_contrast, random": lambda: partitioned("random"),
+    "global_contrast, partition-negatives": lambda: partitioned("partition-negatives"),
+    "global_contrast, ring": lambda: partitioned("partition-positives", "ring"),
+    "global_contrast, composed batch": lambda: composed("global"),
     "local_contrast, correspondence": regional,
+    "local_contrast, composed batch": lambda: composed("local"),
     "mae, U-Net": lambda: masked(UNet(1, 2, Config(width=4, levels=2, norm="batch")).encoder),
     "mae, ViT": lambda: masked(unetr.Encoder(1, unetr.Config(patch=8, d=8, depth=4, heads=2, grid=2))),
     "pdcr": contrasted,

@@ -311,3 +311,30 @@ def test_wrong_settings_are_refused_by_name(wrong):
 def test_an_unresolved_side_is_refused():
     with pytest.raises(ValueError, match=r"global_contrast: the side of a view is not known; set pretrain\.side"):
         GlobalContrast(Flat(4)).augment(slices(2, 8), torch.Generator())
+
+
+@pytest.mark.parametrize("case", ["gD_bt8", "gD_bt12", "gD_bt12_tau05", "tiny_gD_tau0.5"])
+def test_the_parity_preset_gives_the_value_of_the_source_from_views_to_loss(case):
+    """Embeddings in place of images, through a method whose encoder and head hand them on."""
+    given = parity()["pretrain"]
+    _, views, volumes, parts, rows = layout(case)
+    subject = GlobalContrast(
+        UNet(1, 2, UNetConfig(width=4, levels=2)).encoder,
+        Config(temperature=ORACLE[case]["tau"], partitions=parts, side=8, **{key: given[key] for key in ("pairing", "scale")}),
+    )
+    subject.encoder, subject.head = OneMap(), nn.Flatten()
+    z = torch.tensor(ORACLE[case]["embeddings"], dtype=torch.float64)[order(views, volumes, parts, rows)]
+    groups = {"partition": torch.arange(parts).repeat(volumes), "volume": torch.arange(volumes).repeat_interleave(parts)}
+    loss = subject.loss(Views(list(z[:, :, None, None].chunk(views)), groups=groups), STEP)
+    assert float(loss.total) == pytest.approx(ORACLE[case]["expected"]["loss_repo_norm"], rel=1e-6)
+
+
+class OneMap(nn.Module):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+
+def parity() -> dict:
+    import yaml
+
+    return yaml.safe_load(Path(global_contrast.__file__).with_name("presets").joinpath("global-local-parity.yaml").read_text())

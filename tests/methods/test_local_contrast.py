@@ -299,3 +299,28 @@ def test_networks_that_it_cannot_train_are_refused():
     for other in (unet().encoder, unet(spatial_dims=3), GlobalContrast(unet().encoder)):
         with pytest.raises(ValueError, match="trains the decoder of a 2D U-Net"):
             LocalContrast(other)
+
+
+@pytest.mark.parametrize("name", ["lR_3x3_b1", "lR_3x3_b3", "lR_1x1_b3_tau05", "lD_1x1_b1", "lD_3x3_b3"])
+def test_the_parity_preset_gives_the_value_of_the_source_from_views_to_loss(name):
+    """Maps in place of images, through a method whose network and head hand them on."""
+    import yaml
+
+    from medssl.platform import find
+
+    given = yaml.safe_load(find.path("preset", "global-local-parity").read_text())["further"]
+    case, f = ORACLE[name], maps_of(ORACLE[name]).movedim(-1, 1)
+    settings = {key: given[key] for key in ("regions", "scale")} | {"negatives": case["negatives_used_per_map"], "d": None}
+    kind, region = ("correspondence" if "lD" in name else "random"), 3 if "3x3" in name else 1
+    subject = method(strategy=kind, region=region, temperature=case["tau"], **settings)
+    subject.network.encoder, subject.network.decoder = torch.nn.Identity(), AsItIs()
+    subject.head.maps, subject.head.regions = torch.nn.Identity(), torch.nn.Identity()
+    place = torch.arange(len(f) // 2)
+    groups = {"partition": place % 4, "volume": place // 4}
+    loss = subject.loss(Views(list(f.chunk(2)), groups=groups), STEP)
+    assert float(loss.total) == pytest.approx(case["expected"]["repo_graph_value"], rel=1e-6)
+
+
+class AsItIs(torch.nn.Module):
+    def forward(self, maps: Tensor, blocks: int) -> Tensor:
+        return maps

@@ -4,7 +4,7 @@ import pytest
 import torch
 from functorch.einops import rearrange
 
-from medssl.methods import pairs
+from medssl.methods import pairs, receptive
 from medssl.methods.networks.swin_unetr import Config, SwinUNETR
 
 
@@ -111,3 +111,9 @@ def test_half_precision_stays_near_single_precision():
 def test_settings_that_cannot_be_built_are_refused(settings):
     with pytest.raises(ValueError, match="expected"):
         Config(**settings)
+
+
+def test_cells_of_merged_patches_lie_in_the_middle_of_them_and_attention_is_noted():
+    """Patches of 2 pixels, merged twice: cells of 8 pixels; which others they attend to depends on the image's sides."""
+    field = receptive.fields(net(), ["decoder.encoder4"])["decoder.encoder4"]
+    assert (field.stride, field.centre, field.everywhere) == ((8, 8), (3.5, 3.5), True)

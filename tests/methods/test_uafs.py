@@ -13,7 +13,8 @@ from medssl.methods.networks.deeplab import Config as DeepLabConfig
 from medssl.methods.networks.deeplab import DeepLabV3Plus
 from medssl.methods.networks.unet import Config as UNetConfig
 from medssl.methods.networks.unet import UNet
-from medssl.methods.uafs import Config, Gate, Selected, insert, normalised_entropy, selected
+from medssl.methods.settings import UAFS as Config
+from medssl.methods.uafs import Gate, Selected, insert, normalised_entropy, places, selected
 
 KNOWN = json.loads((Path(__file__).parent / "known_pdcr.json").read_text())["uafs"]
 
@@ -136,9 +137,14 @@ def test_deeplab_with_the_papers_places_learns():
 def test_a_place_that_does_not_exist_is_refused_and_nothing_is_changed():
     network = unet()
     keys = list(network.state_dict())
-    with pytest.raises(ValueError, match=r'no module "encoder\.blocks\.7"'):
+    with pytest.raises(ValueError, match=r'no module "encoder\.blocks\.7"; did you mean enc.*\?; usable modules: enc'):
         insert(network, Config(layers=("encoder.blocks.0", "encoder.blocks.7")))
     assert list(network.state_dict()) == keys
+
+
+def test_usual_places_are_those_of_the_papers_3d_code_where_its_2d_layers_are_not():
+    assert places(UNet(1, 2, UNetConfig(width=4, levels=3, spatial_dims=3))) == ("decoder.blocks.0", "decoder.blocks.1")
+    assert places(DeepLabV3Plus(1, 2, DeepLabConfig(width=4, backbone="resnet50"))) == ("decoder.conv2",)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from torch import nn
 
 from medssl.methods import receptive
+from medssl.methods.hooks import pdcr as pdcr_module
 from medssl.methods.hooks.pdcr import PDCR, Config, averaged, divergence, floor, on_grid, one_hot, pdcr, positions, ratios
 from medssl.methods.networks.deeplab import Config as DeepLabConfig
 from medssl.methods.networks.deeplab import DeepLabV3Plus
 from medssl.methods.networks.unet import Config as UNetConfig
 from medssl.methods.networks.unet import UNet
+from medssl.methods.networks.unetr import UNETR
+from medssl.methods.networks.unetr import Config as UNETRConfig
 from medssl.methods.protocol import UNLABELLED, Loss, Step, Views
 from medssl.methods.receptive import Field
 from medssl.methods.segment import Config as SegmentConfig
@@ -532,19 +536,99 @@ def test_features_that_see_everything_have_no_window_of_their_own():
     assert PDCR(network, Config()).fields["decoder.conv1"].centre == (0.0, 0.0)
 
 
-def test_defaults_run_on_deeplab():
+def test_defaults_on_deeplab_are_the_papers():
     torch.manual_seed(0)
     network = DeepLabV3Plus(1, 2, DeepLabConfig(width=4))
-    method = Segment(network, SegmentConfig(side=96), {"pdcr": PDCR(network, Config())})
+    hook = PDCR(network, Config())
+    assert hook.config.encoder == hook.config.cross == ("encoder.stem2", "encoder.block1")
+    assert hook.config.decoder == ("decoder.low", "decoder.conv1")
+    assert [hook._usual("encoder", torch.empty(1, 1, 24, 24), i) for i in (0, 1, 2)] == [64, 32, 8]
+    assert hook._usual("cross", torch.empty(1, 1, 4, 5)) == 20  # as many cells as there are
+    wanted = {"temperature": 1.0, "ratio": "hierarchical", "cross_stride": 16, "encoder_weight": 0.1, "decoder_weight": 0.01}
+    assert {key: getattr(hook.config, key) for key in wanted} == wanted
+    method = Segment(network, SegmentConfig(side=96), {"pdcr": hook})
     loss = method.loss(views((96, 112), 2), STEP)
     assert loss.total.isfinite()
     loss.total.backward()
 
 
+def test_defaults_on_nnunets_network_in_3d_are_the_papers_two_levels():
+    torch.manual_seed(0)
+    network = UNet(1, 3, UNetConfig(width=4, levels=5, spatial_dims=3, down="stride"))
+    hook = PDCR(network, Config())
+    skips = [hook.fields[name] for name in hook.config.encoder]
+    assert [field.stride for field in skips] == [(4,) * 3, (8,) * 3]
+    assert [field.size for field in skips] == [(23,) * 3, (47,) * 3]  # the published code's constants
+    assert (hook.config.temperature, hook.config.ratio, hook.config.decoder) == (0.5, "receptive-field", ())
+    loss = Segment(network, SegmentConfig(side=32), {"pdcr": hook}).loss(views((32, 32, 40)), STEP)
+    assert {"pdcr/encoder", "pdcr/cross"} < loss.terms.keys()
+    loss.total.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in [*network.encoder.parameters(), *hook.parameters()])
+
+
+class PlainConvUNet(nn.Module):
+    """nnU-Net's layout: stages in a sequence that never runs as one, the encoder once more in the decoder, a list of logits."""
+
+    def __init__(self):
+        super().__init__()
+        unit = UNet(1, 2, UNetConfig(width=4, levels=4, spatial_dims=3, down="stride"))
+        self.encoder = nn.Module()
+        self.encoder.stages = nn.Sequential(*unit.encoder.blocks)
+        self.decoder = nn.Module()
+        self.decoder.encoder, self.decoder.seg_layers = self.encoder, nn.ModuleList([nn.Conv3d(32, 3, 1), nn.Conv3d(4, 3, 1)])
+
+    def forward(self, x):
+        maps = []
+        for stage in self.encoder.stages:
+            x = stage(x)
+            maps.append(x)
+        return [self.decoder.seg_layers[1](maps[0]), self.decoder.seg_layers[0](x)]
+
+
+def test_a_trainer_of_nnunet_takes_the_terms_over_as_written():
+    """The lines of the docstring, around a trainer with nnU-Net's three methods."""
+
+    class nnUNetTrainer:
+        def __init__(self):
+            torch.manual_seed(0)
+            self.network, self.current_epoch = PlainConvUNet(), 3
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.network.parameters(), 0.1), None
+
+        def _build_loss(self):
+            return lambda logits, target: nn.functional.cross_entropy(logits[0], target[0][:, 0].long())
+
+    text = pdcr_module.__doc__.partition("    from medssl.methods.hooks.pdcr import")[2].partition("\nand, as validation")[0]
+    scope = {"nnUNetTrainer": nnUNetTrainer, "torch": torch}
+    exec(textwrap.dedent("    from medssl.methods.hooks.pdcr import" + text), scope)
+    trainer = scope["nnUNetTrainerPDCR"]()
+    optimizer, _ = trainer.configure_optimizers()
+    assert trainer.pdcr.config.encoder == ("encoder.stages.2", "encoder.stages.3")
+    loss, images = trainer._build_loss(), torch.rand(2, 1, 32, 32, 32)
+    target = [torch.randint(0, 3, (2, 1, 32, 32, 32)).float()]
+    with torch.no_grad():
+        plain = loss(trainer.network.eval()(images), target)
+    contrasted = loss(trainer.network.train()(images), target)
+    assert contrasted.item() != pytest.approx(plain.item(), abs=1e-6)
+    contrasted.backward()
+    optimizer.step()
+    assert all(p.grad.any() for p in trainer.pdcr.parameters())
+
+
+def test_a_layer_that_cannot_be_tapped_is_refused_with_those_that_can():
+    network = UNet(1, 2, UNetConfig(width=2, levels=3))
+    with pytest.raises(ValueError, match=r"did you mean encoder\.blocks\.\d\?; usable modules: encoder\.blocks\.0 \(1/1\)"):
+        PDCR(network, Config(encoder=("encoder.blocks.9",)))
+    vit = UNETR(1, 2, UNETRConfig(d=16, depth=4, heads=2))
+    with pytest.raises(ValueError, match=r"decoder\.lifts\.0.* see the whole image; take .*encoder\.patch_embed \(1/16\)"):
+        PDCR(vit, Config(ratio="receptive-field"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"encoder_samples": (64,)}, "encoder_samples"),
+        ({"encoder": ("a", "b"), "encoder_samples": (64,)}, "encoder_samples"),
         ({"cross": ("encoder.block1",)}, "cross is"),
         ({"encoder": (), "encoder_samples": (), "decoder": (), "decoder_samples": (), "cross": ()}, "name no module"),
         ({"temperature": 0.0}, "temperature > 0"),
