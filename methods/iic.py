@@ -19,6 +19,7 @@ linear heads are Contrast-You's (https://github.com/jizongFox/Contrast-You). Tra
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Generator, Tensor, nn
 
 from medssl.methods import clusters, pairs, settings
@@ -74,7 +75,8 @@ class IIC(nn.Module):
             each = clusters.reduced(p, self.config.alpha, self.config.balance)
         else:
             each = clusters.negative_information(p, self.config.balance)
-        used = -(p.sum(-1) * (p.sum(-1) + 1e-10).log()).sum(-1).detach().exp().mean()  # how many clusters, as a perplexity
+        shares = p.sum(-1).detach()
+        used = torch.exp(-(shares * (shares + 1e-10).log()).sum(-1)).mean()  # how many clusters, as a perplexity
         return Loss({"information": each.mean()}, {"clusters": used} | pairs.feature_health(features[0], step))
 
     def after_step(self, step: Step) -> None:

@@ -94,7 +94,7 @@ class InfoNCE(nn.Module):
         """Two crops of every slice, and what its slice shares with others."""
         held, views = pairs.held_views(batch, self.config, rng, "infonce")
         groups = {key: held[key] for key in ("position", "depth", "patient", "phase") if key in held}
-        if "position" not in groups:
+        if held["size"].shape[1] == 3:
             middle = views.corners[0][:, 2] + views.extents[0][:, 2] / 2
             groups["position"] = middle / held["size"][:, 2]
         return replace(views, groups=groups)
