@@ -410,7 +410,10 @@ def large(root: Path) -> Any:
     for number in range(10):
         name = f"v{number}"
         shape = {"height": side, "width": side, "channels": 1, "spacing_mm": (1.0, 1.0, 1.0), "foreground": None}
-        place = [{"patient": name, "volume": name, "slice_index": k, "position": k / (depth - 1), "label": None} for k in range(depth)]
+        place = [
+            {"patient": name, "volume": name, "slice_index": k, "position": k / (depth - 1), "label": None}
+            for k in range(depth)
+        ]
         rows = [each | {"image": rng.bytes(side * side)} | shape for each in place]
         files.append(root / "slices" / f"part-{number:05}.parquet")
         pq.write_table(pa.Table.from_pylist(rows, ingest.schema()), files[-1])

@@ -1,8 +1,9 @@
 """Slices per second from disk to batches, and how long an epoch's first batch takes: our two paths against torch's DataLoader.
 
-Prepared CT-like volumes of `bench ingest`, batches of 32 as uint8 on the CPU, nothing augmented. Node-local: the set in memory, read
-once. Streamed: Ray Data over the Parquet files, as for a set that does not fit, in a Ray that is up already. The rivals read the
-same pixels with two worker processes: PNG files opened with Pillow, image and label, as the papers do, and a NumPy memory map.
+Prepared CT-like volumes of `bench ingest`, batches of 32 as uint8 on the CPU, nothing augmented. Node-local: the set in memory,
+read once. Streamed: Ray Data over the Parquet files, as for a set that does not fit, in a Ray that is up already. The rivals
+read the same pixels with two worker processes: PNG files opened with Pillow, image and label, as the papers do, and a NumPy
+memory map.
 
 Three epochs each, after a first one that warms up the caches of the disk; starting workers at each epoch is part of the rivals'
 epochs, as it is in training. The last rows hold the longest wait for the first batch of a later epoch against 0.2 s.
@@ -85,7 +86,9 @@ def run() -> list[Row]:
     rows = [
         Row(f"{what}, node-local", "slices/s", node.rate, "DataLoader over PNG", png.rate, target=10.0),
         Row(f"{what}, streamed by Ray Data", "slices/s", streamed.rate, "DataLoader over PNG", png.rate, target=3.0),
-        Row(f"{what}, streamed by Ray Data", "slices/s", streamed.rate, "DataLoader over a memory map", mapped.rate, target=0.5),
+        Row(
+            f"{what}, streamed by Ray Data", "slices/s", streamed.rate, "DataLoader over a memory map", mapped.rate, target=0.5
+        ),
     ]
     for name, pace, target in (("node-local", node, 1.0), ("streamed by Ray Data", streamed, 1.0)):
         first = f"first batch of a later epoch, {name}: {pace.wait:.3f} s"
