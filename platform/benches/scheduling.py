@@ -8,8 +8,7 @@ remains are places that stand empty: while the driver is busy, while a search wa
 A chain takes a lognormal time about 40 minutes for its pretraining and 8 for each of two fine-tunings (deviation a quarter),
 a node one at a time. A search has no floor: an arm's next pretraining waits for its last, which leaves places empty at the
 end (6 % for 100 arms on 8 nodes). The ideal is the work shared evenly among all places, or the longest chain if that takes
-longer. Nodes that
-die are repeated work, not scheduling: tests/test_cluster.py has them for real.
+longer. Nodes that die are repeated work, not scheduling: tests/test_cluster.py has them for real.
 """
 
 import heapq
