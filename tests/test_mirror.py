@@ -161,8 +161,7 @@ def test_a_uri_is_a_local_copy_and_a_remote_store(monkeypatch, tmp_path):
 
 SMALL = [
     "network.width=4", "network.levels=2", "pretrain.side=16", "pretrain.d=8", "pretrain.bottleneck=4",
-    "pretrain.training.steps=9",
-    "pretrain.training.batch=8", "resources.checkpoint_seconds=0",
+    "pretrain.training.steps=9", "pretrain.training.batch=8", "resources.checkpoint_seconds=0",
 ]  # fmt: skip
 TUNE = [
     "network.width=4", "network.levels=2", "finetune.side=16", "finetune.training.steps=4", "finetune.training.batch=4",
@@ -199,7 +198,7 @@ def test_a_chain_that_three_machines_share_ends_as_on_one(uri, scans, tmp_path, 
     save, saves = checkpoint.save, []
 
     def dying(path: Path, state: checkpoint.State) -> None:
-        if len(saves) == 3:
+        if len(saves) == 1:
             raise KeyboardInterrupt
         saves.append(path)
         save(path, state)
