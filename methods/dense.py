@@ -3,9 +3,10 @@
     x, T x   a crop, and the same crop moved by a geometry T, each with intensities of its own      (n, c, s, s)
     L        the hook's, of the network's maps of x and of T x
 
-The last convolution, which makes logits, takes no part and stays as it came. With `freeze_encoder` the decoder alone is trained
-(batch norms of the encoder go on normalising by the batch). The methods that are built so differ in the hook: `dense_infonce`,
-`dense_iic`, `imsat`, `boundary_aware`. They hand on the encoder and the whole decoder; heads of the hook are dropped.
+The last convolution, which makes logits, takes no part and stays as it came. With `freeze_encoder` the encoder's weights stay,
+too (its batch norms go on normalising by the batch). The methods that are built so differ in the hook: `dense_infonce`,
+`dense_iic`, `imsat`, `boundary_aware`. They hand on the encoder, the whole decoder and what lies between the two; heads of the
+hook are dropped.
 """
 
 from typing import Any, cast
@@ -58,5 +59,5 @@ class Dense(nn.Module):
         return decay_groups(self, weight_decay)  # of what asks for a gradient
 
     def transferable_state(self) -> dict[str, Tensor]:
-        """Encoder and decoder, by their names in the network."""
-        return {key: value for key, value in self.network.state_dict().items() if key.startswith(("encoder.", "decoder."))}
+        """All that the network has but its last convolution, by their names in it."""
+        return {key: value for key, value in self.network.state_dict().items() if not key.startswith("head.")}
