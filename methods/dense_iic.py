@@ -57,10 +57,16 @@ class Training(settings.Training):
 class DenseIIC(Dense):
     def __init__(self, network: nn.Module, config: Config | None = None):
         config = config or Config()
-        where = {"layers": ("decoder",), "shares": (1.0,), "reach": (config.reach,)}
-        heads = {"clusters": config.clusters, "heads": config.heads, "balance": config.balance}
-        settings = mutual_information.Config(weight=1.0, **where, **heads)
-        super().__init__(network, mutual_information.MutualInformation(network, settings), config)
+        term = mutual_information.Config(
+            weight=1.0,
+            layers=("decoder",),
+            shares=(1.0,),
+            reach=(config.reach,),
+            clusters=config.clusters,
+            heads=config.heads,
+            balance=config.balance,
+        )
+        super().__init__(network, mutual_information.MutualInformation(network, term), config)
 
 
 METHOD: type[Method] = DenseIIC

@@ -57,9 +57,16 @@ class Training(settings.Training):
 class DenseInfoNCE(Dense):
     def __init__(self, network: nn.Module, config: Config | None = None):
         config = config or Config()
-        head = {"temperature": config.temperature, "hidden": config.hidden, "d": config.d}
-        where = {"layer": "decoder", "labels": ("place",), "grid": config.grid, "places": config.places}
-        super().__init__(network, infonce.InfoNCE(network, infonce.Config(**head, **where)), config)
+        term = infonce.Config(
+            layer="decoder",
+            labels=("place",),
+            temperature=config.temperature,
+            hidden=config.hidden,
+            d=config.d,
+            grid=config.grid,
+            places=config.places,
+        )
+        super().__init__(network, infonce.InfoNCE(network, term), config)
 
 
 METHOD: type[Method] = DenseInfoNCE

@@ -115,7 +115,7 @@ ACDC = finetune(
     name="segment", side=224, crops=1, balanced=False, dice=0, cross_entropy=1, zoom_p=0, flip_p=0.5, rot90_p=0.25,
     intensity_scale=0.5, intensity_scale_p=1, intensity_shift=0.25, intensity_shift_p=1, blur_p=0, noise_p=0,
     training__optimizer="adam", training__weight_decay=1e-5, training__end_lr=1e-7,
-)
+)  # fmt: skip
 FED = {f"unlabelled.{key}": value for key, value in {
     "zoom_p": 0, "flip_p": 0.8, "rot90_p": 0, "intensity_scale_p": 0, "intensity_shift_p": 0, "blur_p": 0, "noise_p": 0,
 }.items()}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pretrainings of encoder and decoder: their losses by brute force where T moves nothing, and what of the network they train."""
+"""Pretrainings of encoder and decoder: their losses by brute force where T moves nothing, and what they train."""
 
 import math
 from typing import Any
