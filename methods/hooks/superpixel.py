@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 
 from medssl.methods import augment, gather, infonce, settings
 from medssl.methods.augment import Pair
-from medssl.methods.clusters import within
+from medssl.methods.clusters import cells, within
 from medssl.methods.protocol import Loss, Step
 from medssl.methods.ramps import weight
 from medssl.methods.segment import Drawn, Hook, Pass, initial
@@ -75,17 +75,15 @@ class Superpixel(nn.Module):
         x, y = (self.taps.taken(logits)[config.layer].float() for logits in (pass_.image, pass_.moved))
         ids = superpixels(pair.image, config.segments, config.sigma, config.compactness, config.rounds)
         ids = augment.apply_geometry(ids[:, None].float(), pair.geometry, mode="nearest")  # exact below 2 ** 24
-        cells = math.prod(y.shape[2:])
-        place = (drawn["places"] * cells).long().clamp(max=cells - 1)
-        taken = place[:, None].expand(-1, y.shape[1], -1)
+        count = math.prod(y.shape[2:])
+        place = (drawn["places"] * count).long().clamp(max=count - 1)
         label = F.interpolate(ids, y.shape[2:], mode="nearest-exact").flatten(1).gather(1, place).long()
         crop = torch.arange(len(label), device=label.device)[:, None]
         crop = crop + gather.rows(crop)[1]  # no superpixel is of two crops, and no crop of two workers
         label = (crop * APART + label).flatten()
         known = within(pair.valid, y.shape[2:]).flatten(1).gather(1, place).flatten()
         with torch.autocast(y.device.type, enabled=False):
-            rows = [each.flatten(2).gather(2, taken).movedim(1, -1).flatten(0, 1) for each in (pass_.move(x), y)]
-            z = [self.head(each) for each in rows]
+            z = [self.head(cells(each, place)) for each in (pass_.move(x), y)]
         joint = [gather.rows(each)[0] for each in z]
         seen = gather.rows(known.float())[0] > 0
         each, positives = infonce.contrast(joint, gather.rows(label)[0], config.temperature, "all", seen)
