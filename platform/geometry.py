@@ -420,7 +420,7 @@ def stored_spacing(lines: list[Line], from_mm: tuple[float, ...], preset: Preset
 def peak_bytes(voxels: int, affine: NDArray[Any], shape: tuple[int, ...], channels: int, preset: Preset) -> int:
     """About the most memory that preparing a scan takes, itself included; `voxels` are the bytes of one as it was read.
 
-    Measured (tests/test_preparation.py): the scan, the float32 steps of its resampling, each axis from its old to its new length,
+    Measured (tests/test_preparation.py): the scan, the float32 steps of its resampling, each axis in turn,
     and four times the result; more for a body mask and a z-score.
     """
     from_mm, axes = spacing_and_axes(affine, preset.orientation)
