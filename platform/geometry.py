@@ -420,8 +420,8 @@ def stored_spacing(lines: list[Line], from_mm: tuple[float, ...], preset: Preset
 def peak_bytes(voxels: int, affine: NDArray[Any], shape: tuple[int, ...], channels: int, preset: Preset) -> int:
     """About the most memory that preparing a scan takes, itself included; `voxels` are the bytes of one as it was read.
 
-    Measured (tests/test_geometry.py): the scan, the float32 steps of its resampling, each axis from its old length to its new
-    one, and four times the result; more for a body mask and a z-score.
+    Measured (tests/test_preparation.py): the scan, the float32 steps of its resampling, each axis in turn,
+    and four times the result; more for a body mask and a z-score.
     """
     from_mm, axes = spacing_and_axes(affine, preset.orientation)
     lines = grid(tuple(shape[axis] for axis, _ in axes), from_mm, preset)
@@ -432,7 +432,7 @@ def peak_bytes(voxels: int, affine: NDArray[Any], shape: tuple[int, ...], channe
         most = max(most, size)
     beside = 12 * preset.body_mask + 4 * (preset.zscore is not None)
     work = 4 * (source if preset.n4 or preset.statistics == "scan" else 0)
-    return int(
+    return (1 << 20) + int(
         channels
         * (
             source * voxels
