@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medssl.platform import catalogue, places, planner, sweep
+from medssl.platform import catalogue, places, plan, planner, spaces, stages, sweep
 from medssl.platform.config import Resources
 from medssl.platform.datasets import phantom
 from medssl.platform.errors import UsageError
@@ -48,6 +48,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process more for each group, which looks for nodes that leave politely
     "OMP_NUM_THREADS": "1",
 }
 PATIENCE = 180  # seconds of a scenario
@@ -55,8 +56,8 @@ Play = Callable[[str], None]
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, ray_local) -> Path:
-    """Eight small phantoms as data, a space of three arms and one of four, and what the first comes to undisturbed."""
+def prepared(tmp_path_factory) -> Path:
+    """Eight small phantoms as data, a space of three arms and one of four, and what the first comes to without Ray."""
     root = tmp_path_factory.mktemp("prepared")
     (root / "rates.py").write_text(SPACE)
     (root / "wide.py").write_text(WIDE)
@@ -67,11 +68,16 @@ def prepared(tmp_path_factory, ray_local) -> Path:
         patch.setenv("MEDSSL_RUNS", str(root / "runs"))
         patch.chdir(root)
         smaller = {"spacing_mm": (12.0, 12.0, 24.0), "pad": 32}
-        catalogue.prepare(str(root / "scans" / "tiny"), changes=smaller, workers=1, say=lambda text: None)
-        request = sweep.Request("rates.py", "tiny", 1, 1, files=(Path("small.yaml"),))
-        sweep.run(request, time_budget=None, address=None, say=lambda text: None)
-        site = Site.here()
-        scores = {identity: done["test"] for identity in site.finished() if "test" in (done := site.done(identity) or {})}
+        store = catalogue.prepare(str(root / "scans" / "tiny"), changes=smaller, workers=1, say=lambda text: None)
+        space = spaces.load_space("rates.py")
+        request = sweep.Request("rates.py", "tiny", 1, 1, "grid", files=(Path("small.yaml"),))
+        bound, arms = sweep.fitted(request, space, store, space.arms(), say=lambda text: None)
+        split = catalogue.split(store, bound.split)
+        site, scores = Site.here(), {}
+        for label, settings in arms.items():
+            chain = plan.chain(label, 0, 1, plan.resolve(bound.experiment(settings), store, split), store, split)
+            stages.run_chain(chain, stages.Work(site, store.root, split))
+            scores |= {stage.id: (site.done(stage.id) or {})["test"] for stage in chain.finetunings}
     assert len(scores) == 3
     (root / "undisturbed.json").write_text(json.dumps(scores))
     return root
