@@ -30,7 +30,6 @@ DEFAULTS: dict[str, Any] = {
     "finetune.training.steps": 240,
     "finetune.training.batch": 4,
     "finetune.training.evaluations": 3,
-    "evaluate.inference": "whole",
 }
 RISING: dict[str, Any] = {"ramp": "sigmoid", "ramp_length": 1.0}
 STACKS: dict[str, dict[str, dict[str, Any]]] = {  # the hooks of an arm with their settings
