@@ -599,6 +599,8 @@ def _fit(
     share, at_once = places.share(resources, places.machines())
     meter.places(at_once)
     shared = ray.remote(num_cpus=1)(_arrays).remote(sweep.store, sweep.split)
+    if places.planned():  # trials would take every core that comes up, and wait `PATIENCE` for a copy that needs one
+        ray.wait([shared], fetch_local=False)
     trainable = tune.with_resources(
         tune.with_parameters(_trial, sweep=sweep, shared=[shared], remote=Site.here().remote), share
     )

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from medssl import cli
 from medssl.platform import cluster, find, jobs, spending, sweep
-from medssl.platform.errors import RunError, UsageError
+from medssl.platform.errors import UsageError
 
 SWEEP = ("sweep", "iou-interval", "--data", "acdc")
 
@@ -169,11 +169,27 @@ def test_the_command_line_prints_it():
     assert told.stdout == cluster.render("slurm", ["cpus=3"], SWEEP)
 
 
-def test_submitting_says_in_one_sentence_what_is_missing_or_does_not_answer():
-    with pytest.raises(RunError, match=r'needs ray\[default\].*pip install "medssl\[cluster\]"|no Ray cluster answers at'):
-        jobs.submit(SWEEP, "http://127.0.0.1:9")
-    with pytest.raises(UsageError, match="what shall the cluster do"):
-        jobs.submit(["rm", "-rf"], None)
+@pytest.mark.parametrize(
+    "words", [["submit", *SWEEP], ["status"], ["logs"], ["logs", "medssl-sweep"], ["down"], ["down", "--yes"]]
+)
+def test_without_rays_dashboard_every_command_of_a_running_cluster_says_what_to_install(words, monkeypatch, capsys):
+    """As in an installation without `medssl[cluster]`, wherever this runs."""
+    monkeypatch.setitem(sys.modules, "aiohttp", None)  # importing it fails
+    monkeypatch.setattr(sys, "argv", ["medssl", "cluster", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    needed = 'Ray\'s Jobs API needs ray[default], which is not installed here; python -m pip install "medssl[cluster]"'
+    assert err == f"error: {needed}\n"
+
+
+def test_only_commands_of_medssl_are_submitted():
+    """Before anything is asked of a cluster."""
+    for words in ([], ["rm", "-rf"], ["cluster", "down"]):
+        with pytest.raises(UsageError, match="what shall the cluster do"):
+            jobs.submit(words, None)
 
 
 def test_a_cluster_is_shut_down_after_a_sweep_that_failed_too_and_only_where_it_says_how(monkeypatch, tmp_path):
