@@ -571,8 +571,8 @@ def resample(image: Image, label: Image | None, lines: list[Line]) -> tuple[Imag
     """Image (c, x, y, z) and label (x, y, z) along all three lines.
 
     What no output is made of is cut off; then the axis that shrinks most goes first, so that the others have less to do. NIfTI
-    files count x fastest: seen from their end, the axes are in the order of the memory, and interpolating along one copies whole
-    runs of the others.
+    files count x fastest: seen from their end, the axes are in the order of the memory, and interpolating along one copies
+    whole runs of the others.
     """
     reach = tuple(line.reach for line in reversed(lines))
     image, label = image.transpose(0, 3, 2, 1)[:, *reach], None if label is None else label.T[reach]
