@@ -267,7 +267,8 @@ def in_processes(function: Callable[[Item], Result], items: Sequence[Item], work
         yield from map(function, items)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["medssl.platform.ingest", "nibabel", "pyarrow.parquet", "isal.isal_zlib"])
+    needed = ["medssl.platform.ingest", "nibabel", "isal.isal_zlib", "pyarrow.parquet"]
+    context.set_forkserver_preload([*needed, "pandas"])  # which pyarrow imports wherever it is installed
     with ProcessPoolExecutor(min(workers, len(items)), context, end_with_parent) as pool:
         try:
             for future in as_completed([pool.submit(function, item) for item in items]):
