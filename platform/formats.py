@@ -156,14 +156,14 @@ def read_nifti(path: Path) -> Scan:
         if packed:
             raw = gunzip(raw, max(header.get_data_offset(), 0) + size + (1 << 20))
         image = kind.from_bytes(raw)
-        voxels = image.dataobj
+        voxels: Any = image.dataobj
         if (voxels.slope, voxels.inter) != (1, 0):
             return np.asanyarray(voxels), image.affine
         plain = np.frombuffer(raw, voxels.dtype, math.prod(voxels.shape), voxels.offset)  # where it is, without a copy
         return plain.reshape(voxels.shape, order="F"), image.affine
     except Problem:
         raise
-    except (EOFError, zlib.error, isal_zlib.error) as error:
+    except (EOFError, zlib.error, isal_zlib.error) as error:  # type: ignore[misc]  # its stub has an instance
         raise Problem(path, f"its gzip stream is cut short or damaged ({error}); copy the file again") from error
     except Exception as error:  # a parser of bytes that may be anything may raise anything
         raise Problem(
