@@ -15,8 +15,10 @@ BIN := .venv/bin
 sweep: .venv/.installed  ## the embedded phantom: which IoU interval makes a good positive pair?
 	$(BIN)/medssl sweep iou-interval --pretrainings 2 --finetunings 2
 
+# slow tests hold every core themselves, and share one Ray
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m slow
 
 # mypy does not follow an editable install whose package is the root itself: a link gives it the package's name
 check: .venv/.installed

@@ -61,6 +61,12 @@ def within(valid: Tensor, sides: torch.Size) -> Tensor:
     return pool((~valid)[:, None].float(), tuple(sides))[:, 0] == 0
 
 
+def cells(maps: Tensor, places: Tensor) -> Tensor:
+    """The cells of maps (m, c, *) at flat places (m, p), crop by crop, (m p, c)."""
+    taken = places[:, None].expand(-1, maps.shape[1], -1)
+    return maps.flatten(2).gather(2, taken).movedim(1, -1).flatten(0, 1)
+
+
 def joint(x: Tensor, y: Tensor, valid: Tensor | None = None, symmetric: bool = True) -> Tensor:
     """P, (S, K, K).
 
@@ -71,18 +77,13 @@ def joint(x: Tensor, y: Tensor, valid: Tensor | None = None, symmetric: bool = T
         x = x * valid[:, None]
     a, b = (each.movedim(2, -1).flatten(1, -2) for each in (x, y))
     with torch.autocast(x.device.type, enabled=False):
-        return normalised(_joint(torch.einsum("snk,snl->skl", a, b)), symmetric)
+        return normalised(gather.total(torch.einsum("snk,snl->skl", a, b)), symmetric)
 
 
 def normalised(counts: Tensor, symmetric: bool = True) -> Tensor:
     """Counts (*, K, K) as joint probabilities."""
     p = counts / counts.sum((-2, -1), keepdim=True).clamp_min(1e-30)
     return (p + p.transpose(-2, -1)) / 2 if symmetric else p
-
-
-def _joint(counts: Tensor) -> Tensor:
-    """The counts of all workers' cases."""
-    return gather.stack(counts).sum(0)
 
 
 def negative_information(p: Tensor, balance: float = 1.0, tiny: float = 1e-10) -> Tensor:
@@ -138,7 +139,7 @@ def local_information(
     losses = []
     for window in windows(x.shape[3:], patch):
         a, b = (each[(slice(None), slice(None), slice(None), *window)] for each in (x, y))
-        counts = _joint(displaced(a, b, reach))
+        counts = gather.total(displaced(a, b, reach))
         if shift:
             counts = counts - counts.detach().amin((0, 2, 3), keepdim=True) + tiny
         losses.append(negative_information(normalised(counts, symmetric), balance, tiny).mean(0))

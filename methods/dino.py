@@ -200,7 +200,7 @@ class Centre(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """The end of a step. Without any logits the centre stays."""
-        *_, count = joint = gather.stack(self.seen).sum(0)
+        *_, count = joint = gather.total(self.seen)
         share = (1 - self.momentum) * (count > 0)
         self.value.lerp_(joint[:-1] / count.clamp(min=1), share)
         self.seen.zero_()

@@ -43,6 +43,11 @@ def stack(x: Tensor) -> Tensor:
     return stacked
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum over all workers of tensors of equal shape, with gradients to each."""
+    return stack(x).sum(0)
+
+
 def rows(x: Tensor) -> tuple[Tensor, int]:
     """The rows of all workers, (n, d) each with its own n, as one (N, d) in order of rank; and where this worker's begin.
 

@@ -118,5 +118,5 @@ class Method(Protocol):
     def transferable_state(self) -> dict[str, Tensor]:
         """What fine-tuning receives: keys and shapes of the network's encoder (an explicit choice of the method).
 
-        With TRANSFERS "encoder+decoder" keys of the network: all of `encoder.…`, and those of `decoder.…` that were trained.
+        With TRANSFERS "encoder+decoder" keys of the network: all of `encoder.…`, and those of the decoder that were trained.
         """

@@ -337,7 +337,7 @@ def dice_loss(logits: Tensor, labels: Tensor, over: Literal["slice", "batch"] = 
     overlap, predicted, present = _sums(logits, labels)
     size = predicted + present
     if over == "batch":
-        overlap, size, present = (_joint(each) for each in (overlap, size, present))
+        overlap, size, present = (gather.total(each.sum(0)) for each in (overlap, size, present))
         loss = 1 - (2 * overlap + SMOOTH) / (size + SMOOTH)
         return (loss * (present > 0)).sum() / (present > 0).sum().clamp(min=1)
     loss = (1 - (2 * overlap + SMOOTH) / (size + SMOOTH)).mean(1)
@@ -350,7 +350,7 @@ def jaccard_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     A class that none of these pixels has counts 0, as if it were perfect. Shapes as in `dice_loss`.
     """
-    overlap, predicted, present = (_joint(each) for each in _sums(logits, labels))
+    overlap, predicted, present = (gather.total(each.sum(0)) for each in _sums(logits, labels))
     union = (predicted + present - overlap).clamp(min=SMOOTH)  # a class that is present has more; others do not count
     return ((1 - overlap / union) * (present > 0)).mean()
 
@@ -362,11 +362,6 @@ def _sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.zeros_like(p).scatter_(1, labels[:, None].where(known, 0), known.to(p.dtype))
     axes = tuple(range(2, p.dim()))
     return (p * y).sum(axes), (p * known).sum(axes), y.sum(axes)
-
-
-def _joint(sums: Tensor) -> Tensor:
-    """(n, k) of this worker as (k,) over the slices of all workers."""
-    return gather.stack(sums.sum(0)).sum(0)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -208,6 +208,45 @@ class SelfDistillation(PairCrops, Chain):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dense(Chain):
+    """Views of a pretraining of encoder and decoder, and what of them it trains (see `dense.py`)."""
+
+    side: int | None = None  # pixels of a crop; None: 96, or less where the slices are too small
+    freeze_encoder: bool = False  # train the decoder alone
+
+    def __post_init__(self) -> None:
+        if self.side is not None and self.side < 1:
+            raise ValueError(f"side is {self.side}: expected at least 1 pixel")
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """Clusters that are balanced, and unsure at edges: a hook and a pretraining (see `hooks/boundary_aware.py`)."""
+
+    clusters: int = 40  # K
+    heads: int = 3  # S
+    hidden: int | None = None  # hidden size of a head; None: it is linear
+    redundancy: float = 1.0  # of L_RR
+    boundary: float = 1.0  # of L_CC
+    alpha: float = 0.5  # of L_RR
+    balance: float = 1.0
+    window: int = 5  # cells
+    power: float = 0.75  # of the edges
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1 or self.clusters < 2 or self.heads < 1 or min(self.balance, self.power) <= 0:
+            raise ValueError("expected alpha in [0, 1], clusters of at least 2, heads of at least 1, balance and power above 0")
+        if min(self.redundancy, self.boundary) < 0 or self.redundancy + self.boundary == 0:
+            raise ValueError("redundancy and boundary: expected weights of at least 0, not both 0")
+        if self.window < 3 or self.window % 2 == 0:
+            raise ValueError(f"window is {self.window}: expected an odd number from 3")
+        super_check = getattr(super(), "__post_init__", None)
+        if super_check:
+            super_check()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Unlabelled(Chain):
     """How hooks are fed: unlabelled slices per step, and the chain of their second view (the first has the labelled one's)."""
 

@@ -1,9 +1,9 @@
 """Where stages find their place: what a trial holds, and how many trials may run at a time so that none waits for ever.
 
 A one-worker stage runs inside its trial, which holds the stage's cores and GPU share. A stage of several workers opens a
-group of its own from within a trial that holds nothing that its workers need, and a group is placed whole or not at all. So
-cannot hold what others wait for, if as many run at a time as groups find place: machine by machine, as no worker is split over
-two. Where machines die, fewer groups are up and the others wait; they have nothing that the running ones lack.
+group of its own from within a trial that holds nothing that its workers need, and a group is placed whole or not at all. So no
+group holds what others wait for, if as many run at a time as find place: counted machine by machine, as no worker is split
+over two. Where machines die, fewer groups are up and the others wait; they have nothing that the running ones lack.
 """
 
 import math

@@ -5,6 +5,9 @@ fine-tuning at the same budget. Oliver et al., "Realistic evaluation of deep sem
 https://arxiv.org/abs/1804.09170: beside a well-tuned supervised control at an equal budget, reported gains shrink.
 Nothing is pretrained unless asked for (`-o pretrain.name=…`): then all arms begin with that encoder.
 
+Those weights are the papers' or their codes', or plain choices where neither has the term beside labels (boundary, redundancy,
+superpixel). None was tuned here, on any data.
+
 Arms of one budget have equal steps and labelled crops; hooks add forward passes over unlabelled crops (`unlabelled.batch`).
 `suggest` asks which stack, and how much of it: the weights of its hooks, times one factor. `semi_supervised_short.py` is the
 same question in minutes.

@@ -132,6 +132,32 @@ def test_a_further_pretraining_is_the_pretraining_from_given_weights(done: Any, 
     assert (again.pretrain.name, again.further, again.start.weights) == ("local_contrast", None, folder)
 
 
+@pytest.mark.parametrize(("recipe", "decoder"), [("self-paced-acdc", "dense_infonce"), ("boundary-acdc", "boundary_aware")])
+def test_a_recipe_trains_the_encoder_then_the_decoder_then_both_on_labels(
+    recipe: str, decoder: str, prepared: Store, tmp_path: Path
+) -> None:
+    names = {"partition": "equal", "labels": ["partition", "patient"], "shares": [1.0, 0.1]}  # phantoms have no phase
+    short = {"side": 16, "training": {"steps": 2, "batch": 4}}
+    small: dict[str, Any] = {"network": {"width": 4, "levels": 3}, "pretrain": short | names, "further": short}
+    small |= {"finetune": {"side": 16, "training": {"steps": 2, "batch": 2, "evaluations": 1}}, "data": {"labelled": 2}}
+    small |= {key: SMALL[key] for key in ("evaluate", "resources")}
+    if recipe == "self-paced-acdc":
+        small |= {"hooks": {"self_paced": names}, "unlabelled": {"batch": 2}}
+    experiment = config.build(config.stack([config.read(Path(recipe)), small]))
+    split = splits.load(prepared, "seed-0")
+    chain, work = (
+        plan.chain("arm", 0, 1, plan.resolve(experiment, prepared, split), prepared, split),
+        work_in(prepared, tmp_path),
+    )
+    stages.run_chain(chain, work)
+    first, second = (checkpoint.load(work.site.stage(stage.id) / "encoder.pt") for stage in chain.pretrainings)
+    assert checkpoint.digest(first["encoder"]) != checkpoint.digest(second["encoder"]), "the encoder is trained on"
+    network = stages.network(chain.experiment, 1, 3)
+    assert set(second["decoder"]) == {key for key in network.state_dict() if key.startswith("decoder.")}
+    tuned = work.site.done(chain.finetunings[0].id)
+    assert [part.split(":")[0] for part in tuned["chain"].split(" -> ")] == ["infonce", decoder, "segment"]
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_kill_in_either_pretraining_changes_nothing(prepared: Store, done: Any, tmp_path: Path, monkeypatch, killed) -> None:
     undisturbed, work = done

@@ -1,6 +1,7 @@
 """A run store that machines share over the network: seen whole or not at all, and a stage goes on on another machine."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from medssl.platform import catalogue, checkpoint, ledger, mirror, single
+from medssl.platform import catalogue, checkpoint, ledger, loop, mirror, single
 from medssl.platform.datasets import phantom
 from medssl.platform.errors import RunError
 from medssl.platform.records import Score
@@ -194,6 +195,7 @@ def test_a_chain_that_three_machines_share_ends_as_on_one(uri, scans, tmp_path, 
     expected = finetune(stage)
     monkeypatch.setenv("MEDSSL_RUNS", uri)
     monkeypatch.setattr(mirror, "EVERY", 0.0)
+    monkeypatch.setattr(loop, "SAVING", math.inf)  # save after every step, whatever it costs
     monkeypatch.setenv("MEDSSL_CACHE", str(tmp_path / "one"))
     save, saves = checkpoint.save, []
 

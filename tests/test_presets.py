@@ -115,7 +115,8 @@ ACDC = finetune(
     name="segment", side=224, crops=1, balanced=False, dice=0, cross_entropy=1, zoom_p=0, flip_p=0.5, rot90_p=0.25,
     intensity_scale=0.5, intensity_scale_p=1, intensity_shift=0.25, intensity_shift_p=1, blur_p=0, noise_p=0,
     training__optimizer="adam", training__weight_decay=1e-5, training__end_lr=1e-7,
-) | {f"unlabelled.{key}": value for key, value in {
+)  # fmt: skip
+FED = {f"unlabelled.{key}": value for key, value in {
     "zoom_p": 0, "flip_p": 0.8, "rot90_p": 0, "intensity_scale_p": 0, "intensity_shift_p": 0, "blur_p": 0, "noise_p": 0,
 }.items()}  # fmt: skip
 BY_LABELS = pretrain(
@@ -128,9 +129,15 @@ MI = {"weight": 0.1, "shift": True}
 PACE = {"labels": ("partition", "patient", "cycle"), "shares": (1, 0.1, 0.1), "pace": "soft", "gamma": (5, 60), "power": 0.5}
 
 
-def run(lr: float, epochs: int, batches: int, batch: int, unlabelled: int) -> dict[str, Any]:
+SECOND = further(  # of encoder and decoder, upon the encoder's
+    side=224, freeze_encoder=False, intensity_scale=0.5, intensity_scale_p=1, intensity_shift=0.25, intensity_shift_p=1,
+    blur_p=0, noise_p=0, training__optimizer="adam", training__lr=2e-4, training__end_lr=1e-7, training__weight_decay=0,
+)  # fmt: skip
+
+
+def run(lr: float, epochs: int, batches: int, batch: int, unlabelled: int | None) -> dict[str, Any]:
     own = finetune(training__lr=lr, training__steps=epochs * batches, training__batch=batch, training__warmup=10 / epochs)
-    return UNET | ACDC | own | {"unlabelled.batch": unlabelled}
+    return UNET | ACDC | own | (FED | {"unlabelled.batch": unlabelled} if unlabelled else {})
 
 
 def hook(name: str, **values: Any) -> dict[str, Any]:
@@ -145,14 +152,19 @@ TABLES |= {
            clusters=20, heads=5, **MI),
     "self-paced-acdc": run(6e-5, 60, 200, 5, 5) | BY_LABELS  # 2.4
     | pretrain(**PACE, corrected=True, training__steps=80 * 200, training__warmup=10 / 80, training__batch=30)
+    | SECOND
+    | further(name="dense_infonce", temperature=0.07, hidden=256, d=256, grid=10, places=5, zoom_p=0, flip_p=0.8, rot90_p=0,
+              training__steps=80 * 200, training__warmup=10 / 80, training__batch=30)
     | hook("self_paced", weight=0.1, partitions=3, partition="thirds", temperature=0.07, corrected=True, **PACE),
     "finetune-acdc-prototypes": run(3e-5, 50, 200, 5, 5) | {"network.width": 32}  # 2.5
     | hook("prototypes", weight=1, per_class=8, information=0.01, orthogonality=1, balance=1, agreement=0),
-    "boundary-acdc": run(3e-5, 30, 300, 5, 5) | {"network.width": 32} | BY_LABELS  # 2.6
+    "boundary-acdc": run(3e-5, 30, 300, 5, None) | {"network.width": 32} | BY_LABELS  # 2.6
     | pretrain(labels=("partition",), shares=(1,), pace="none", training__steps=50 * 300, training__warmup=10 / 50,
                training__batch=6 * 3)
-    | hook("boundary_aware", weight=1, layer="decoder", clusters=40, heads=3, redundancy=1, boundary=1, alpha=0.5, balance=1,
-           window=5, power=0.75),
+    | SECOND
+    | further(name="boundary_aware", clusters=40, heads=3, hidden=None, redundancy=1, boundary=1, alpha=0.5, balance=1,
+              window=5, power=0.75, zoom=(0.8, 1.3), zoom_p=1, flip_p=0.45, rot90_p=0.5,
+              training__steps=50 * 300, training__warmup=10 / 50, training__batch=6 * 3),
 }  # fmt: skip
 
 
@@ -214,7 +226,9 @@ def test_a_presets_chain_makes_views_of_its_side(name):
         subject = torch.nn.Conv2d(1, 4, 3)
         subject.channels = (4,)  # type: ignore[assignment]
         if part is experiment.further:
-            subject = find.load("network", "unet_chaitanya").NETWORK(1, 2)  # type: ignore[assignment]
+            networks = find.load("network", experiment.network.name)
+            small = networks.Config(**({"width": 4} if experiment.network.name == "unet" else {}))
+            subject = networks.NETWORK(1, 2, small)  # type: ignore[assignment]
         views = method(subject, part.settings).augment(batch, torch.Generator().manual_seed(0))
         assert [tuple(images.shape) for images in views.images] == [(2, 1, part.settings.side, part.settings.side)] * 2
 

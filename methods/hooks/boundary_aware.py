@@ -14,7 +14,7 @@ give for known values: its differences go round the image's border and make an e
 both maps are flat have nothing to correlate and scored as perfect there, here they count nowhere, and neither do windows that
 reach beyond the map or show what is not slice. Negative covariance has no gradient, as there.
 K = 40, three linear heads, windows of 5 and power 0.75 are those of the experiments on ACDC; boundary 1 against redundancy 1,
-on prostates 0.1. As a hook it stands beside the supervised loss; the paper pretrains with it.
+on prostates 0.1. As a hook it stands beside the supervised loss; the paper pretrains with it (`methods/boundary_aware.py`).
 Transfers: nothing of its own.
 """
 
@@ -38,27 +38,9 @@ SPREAD = 1e-6  # of the range that a map is divided by
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(settings.Hook):
+class Config(settings.Boundary, settings.Hook):
     weight: float = 0.1
     layer: str = "decoder"  # a module of the network
-    clusters: int = 40  # K
-    heads: int = 3  # S
-    hidden: int | None = None  # hidden size of a head; None: it is linear
-    redundancy: float = 1.0  # of L_RR
-    boundary: float = 1.0  # of L_CC
-    alpha: float = 0.5  # of L_RR
-    balance: float = 1.0
-    window: int = 5  # cells
-    power: float = 0.75  # of the edges
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.alpha <= 1 or self.clusters < 2 or self.heads < 1 or min(self.balance, self.power) <= 0:
-            raise ValueError("expected alpha in [0, 1], clusters of at least 2, heads of at least 1, balance and power above 0")
-        if min(self.redundancy, self.boundary) < 0 or self.redundancy + self.boundary == 0:
-            raise ValueError("redundancy and boundary: expected weights of at least 0, not both 0")
-        if self.window < 3 or self.window % 2 == 0:
-            raise ValueError(f"window is {self.window}: expected an odd number from 3")
 
 
 class BoundaryAware(nn.Module):

@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 
 from medssl.methods import gather, infonce, settings
 from medssl.methods.augment import Pair
-from medssl.methods.clusters import pooled, within
+from medssl.methods.clusters import cells, pooled, within
 from medssl.methods.protocol import Loss, Step
 from medssl.methods.ramps import weight
 from medssl.methods.segment import Drawn, Hook, Pass, initial
@@ -54,8 +54,8 @@ class InfoNCE(nn.Module):
         """Of "place" the cells of each crop, (m, places) flat indices."""
         if "place" not in self.config.labels:
             return {}
-        cells = self.config.grid ** (pair.image.dim() - 2)
-        order = torch.rand((len(pair.image), cells), generator=rng, device=rng.device).argsort(1)
+        count = self.config.grid ** (pair.image.dim() - 2)
+        order = torch.rand((len(pair.image), count), generator=rng, device=rng.device).argsort(1)
         return {"places": order[:, : self.config.places]}
 
     def terms(self, pass_: Pass, drawn: Drawn, step: Step) -> Loss:
@@ -88,12 +88,9 @@ class InfoNCE(nn.Module):
         x, y = pass_.move(maps[0].float()), maps[1].float()
         valid = within(pass_.pair.valid, y.shape[2:])
         sides = [self.config.grid] * (y.dim() - 2)
-        z, taken = [], places[:, None].expand(-1, y.shape[1], -1)
         with torch.autocast(y.device.type, enabled=False):
-            for each in (x, y):
-                cells = averaged_to(each, sides).flatten(2).gather(2, taken)
-                z.append(self.head(cells.movedim(1, -1).flatten(0, 1)))
-        shown = (averaged_to(valid[:, None].float(), sides).flatten(1).gather(1, places) == 1).flatten()
+            z = [self.head(cells(averaged_to(each, sides), places)) for each in (x, y)]
+        shown = cells(averaged_to(valid[:, None].float(), sides), places)[:, 0] == 1
         own = torch.arange(len(z[0]), device=y.device)
         return z, own + gather.rows(own.float()[:, None])[1], shown
 

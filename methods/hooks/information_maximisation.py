@@ -73,7 +73,7 @@ def entropies(logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """The mean entropy of valid pixels' answers, and the entropy of their mean answer; over all workers' crops, () each."""
     log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
     total, count = (log_p.exp() * valid[:, None]).movedim(1, -1).flatten(0, -2).sum(0), valid.sum()
-    mean = gather.stack(total).sum(0) / gather.stack(count.to(total.dtype)).sum().clamp(min=1)
+    mean = gather.total(total) / gather.total(count.to(total.dtype)).clamp(min=1)
     return agreement.average(agreement.entropy(log_p), valid), -(mean * mean.clamp_min(agreement.TINY).log()).sum()
 
 

@@ -12,22 +12,26 @@ The superpixels are made on the device, all crops at once: the image blurred by 
 pixel to the centre nearest in (intensity / compactness, place / grid step) and every centre to the mean of its pixels. Unlike
 the paper a pixel may choose any centre, distance keeping it near; pieces are not joined to make superpixels connected.
 Intensities are brought to [0, 1] per crop before. Defaults are Contrast-You's 40 segments, sigma 5 and 64 cells, and
-scikit-image's compactness as 0.1 of that range. Beyond the slice a pixel belongs to none. Transfers: nothing of its own.
+scikit-image's compactness as 0.1 of that range. Beyond the slice a pixel belongs to none. Rivals are the cells of all
+workers' crops. Transfers: nothing of its own.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from medssl.methods import augment, gather, infonce, settings
 from medssl.methods.augment import Pair
-from medssl.methods.clusters import within
+from medssl.methods.clusters import cells, within
 from medssl.methods.protocol import Loss, Step
 from medssl.methods.ramps import weight
 from medssl.methods.segment import Drawn, Hook, Pass, initial
 from medssl.methods.taps import Taps, channels
+
+APART = 2**20  # more superpixels than a crop has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +74,20 @@ class Superpixel(nn.Module):
         config, pair = self.config, pass_.pair
         x, y = (self.taps.taken(logits)[config.layer].float() for logits in (pass_.image, pass_.moved))
         ids = superpixels(pair.image, config.segments, config.sigma, config.compactness, config.rounds)
-        ids = ids + int(ids.max() + 1) * torch.arange(len(ids), device=ids.device).view(-1, *[1] * (ids.dim() - 1))
         ids = augment.apply_geometry(ids[:, None].float(), pair.geometry, mode="nearest")  # exact below 2 ** 24
-        cells = math.prod(y.shape[2:])
-        place = (drawn["places"] * cells).long().clamp(max=cells - 1)
-        taken = place[:, None].expand(-1, y.shape[1], -1)
-        label = torch.nn.functional.interpolate(ids, y.shape[2:], mode="nearest-exact").flatten(1).gather(1, place).long()
+        count = math.prod(y.shape[2:])
+        place = (drawn["places"] * count).long().clamp(max=count - 1)
+        label = F.interpolate(ids, y.shape[2:], mode="nearest-exact").flatten(1).gather(1, place).long()
+        crop = torch.arange(len(label), device=label.device)[:, None]
+        crop = crop + gather.rows(crop)[1]  # no superpixel is of two crops, and no crop of two workers
+        label = (crop * APART + label).flatten()
         known = within(pair.valid, y.shape[2:]).flatten(1).gather(1, place).flatten()
         with torch.autocast(y.device.type, enabled=False):
-            rows = [each.flatten(2).gather(2, taken).movedim(1, -1).flatten(0, 1) for each in (pass_.move(x), y)]
-            z = [self.head(each) for each in rows]
-        # Crops of other workers are rivals nowhere: their superpixels are different ones already, and rows are many.
-        each, positives = infonce.contrast(z, label.flatten(), config.temperature, "all", known)
-        loss = gather.stack(infonce.averaged(each, positives)).mean()
+            z = [self.head(cells(each, place)) for each in (pass_.move(x), y)]
+        joint = [gather.rows(each)[0] for each in z]
+        seen = gather.rows(known.float())[0] > 0
+        each, positives = infonce.contrast(joint, gather.rows(label)[0], config.temperature, "all", seen)
+        loss = infonce.averaged(each, positives)
         return Loss({"contrast": weight(config, step) * loss})
 
     def after_step(self, network: nn.Module, step: Step) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -174,29 +174,49 @@ def masked(encoder: nn.Module) -> Whole:
     return Whole(method, lambda part: method.loss(Views([x[part]], masks=[mask[part]]), Step(0, 1)).total)
 
 
-def hooked(*names: str) -> Whole:
+def hooked(*names: str, **settings: Any) -> Whole:
     """Labelled and unlabelled crops shared unequally, some of them beyond their slice; batch norms in network and teachers."""
     network = UNet(1, 3, Config(width=4, levels=2, norm="batch"))
     network.head.weight.data.mul_(10)  # sure of something: some hooks wait for that
     modules = {name: importlib.import_module(f"medssl.methods.hooks.{name}") for name in names}
-    hooks = {name: module.HOOK(network, module.Config(ramp="constant")) for name, module in modules.items()}
+    hooks = {name: module.HOOK(network, module.Config(ramp="constant", **settings)) for name, module in modules.items()}
     method = Segment(network, SegmentConfig(side=8, crops=1), hooks)
     image, size = torch.rand(8, 1, 9, 9), torch.tensor([[9, 9]] * 6 + [[5, 9], [9, 3]])
     batch = {"image": image, "label": torch.randint(0, 3, (8, 9, 9), dtype=torch.uint8), "size": torch.full((8, 2), 9)}
-    views = method.augment(batch | {"unlabelled_image": image, "unlabelled_size": size}, torch.Generator().manual_seed(0))
+    batch |= {"unlabelled_image": image, "unlabelled_size": size}
+    batch |= {"unlabelled_position": torch.linspace(0, 1, 8), "unlabelled_patient": torch.arange(8) % 3}  # on both workers
+    views = method.augment(batch, torch.Generator().manual_seed(0))
+    return Whole(method, lambda part: method.loss(share(views, part), Step(5, 10)).total)
+
+
+def dense(name: str, **settings: Any) -> Whole:
+    """Pretraining of a whole network, its crops shared unequally."""
+    module = importlib.import_module(f"medssl.methods.{name}")
+    network = UNet(1, 3, Config(width=4, levels=2, norm="batch"))
+    method = module.METHOD(network, module.Config(side=8, **settings))
+    size = torch.tensor([[9, 9]] * 6 + [[5, 9], [9, 3]])
+    views = method.augment({"image": torch.rand(8, 1, 9, 9), "size": size}, torch.Generator().manual_seed(0))
+    return Whole(method, lambda part: method.loss(share(views, part), Step(5, 10)).total)
+
+
+def share(views: Views, part: slice) -> Views:
+    """A worker's part of views with unlabelled crops."""
     pair = views.unlabelled
+    assert pair is not None
+    geometry = Geometry(**{key: value[part] for key, value in vars(pair.geometry).items()})
+    maps = {key: value[part] for key, value in vars(pair).items() if key not in ("geometry", "groups")}
+    groups = {key: value[part] for key, value in pair.groups.items()}
+    drawn = {
+        name: {key: value[:, part] if key == "noise" else value[part] for key, value in own.items()}  # noise is (passes, m, *)
+        for name, own in views.drawn.items()
+    }
+    labels = None if views.labels is None else views.labels[part]
+    own = Pair(**maps, geometry=geometry, groups=groups)
+    return Views([image[part] for image in views.images], labels=labels, unlabelled=own, drawn=drawn)
 
-    def share(part: slice) -> Views:
-        geometry = Geometry(**{key: value[part] for key, value in vars(pair.geometry).items()})
-        maps = {key: value[part] for key, value in vars(pair).items() if key != "geometry"}
-        drawn = {name: {key: value[:, part] for key, value in own.items()} for name, own in views.drawn.items()}
-        return Views(
-            [views.images[0][part]], labels=views.labels[part], unlabelled=Pair(**maps, geometry=geometry), drawn=drawn
-        )
 
-    return Whole(method, lambda part: method.loss(share(part), Step(5, 10)).total)
-
-
+PLACES = {"hidden": 8, "d": 6, "grid": 4}
+CLUSTERS = {"clusters": 5, "heads": 2}
 CASES: dict[str, Callable[[], Whole]] = {
     "simsiam": simsiam,
     "contrastive": contrastive,
@@ -223,6 +243,22 @@ CASES: dict[str, Callable[[], Whole]] = {
     "mean_teacher": lambda: hooked("mean_teacher"),
     "uncertainty_mean_teacher": lambda: hooked("uncertainty_mean_teacher"),
     "cross_pseudo_supervision": lambda: hooked("cross_pseudo_supervision"),
+    "infonce": lambda: hooked("infonce", labels=("partition", "patient", "self"), hidden=8, d=6),
+    "infonce, places": lambda: hooked("infonce", layer="decoder", labels=("place",), **PLACES),
+    "infonce, rivals": lambda: hooked("infonce", rivals="negatives", hidden=8, d=6),
+    "self_paced": lambda: hooked("self_paced", hidden=8, d=6, gamma=(3.0, 6.0)),
+    "self_paced, hard": lambda: hooked("self_paced", hidden=8, d=6, pace="hard", gamma=(2.0, 3.0)),
+    "mutual_information": lambda: hooked("mutual_information", **CLUSTERS),
+    "mutual_information, output": lambda: hooked("mutual_information", layers=("output",), shares=(1.0,), reach=(1,), patch=4),
+    "prototypes": lambda: hooked("prototypes", per_class=3, information=1.0, orthogonality=1.0, agreement=1.0),
+    "redundancy_reduction": lambda: hooked("redundancy_reduction", **CLUSTERS),
+    "information_maximisation": lambda: hooked("information_maximisation", weight=1.0),
+    "superpixel": lambda: hooked("superpixel", hidden=8, d=6, segments=4, sigma=1.0, places=8),
+    "boundary_aware": lambda: hooked("boundary_aware", window=3, **CLUSTERS),
+    "dense_infonce": lambda: dense("dense_infonce", **PLACES),
+    "dense_iic": lambda: dense("dense_iic", **CLUSTERS),
+    "boundary_aware, pretraining": lambda: dense("boundary_aware", window=3, **CLUSTERS),
+    "imsat": lambda: dense("imsat", **CLUSTERS),
     "three hooks": lambda: hooked("entropy_minimisation", "mean_teacher", "pseudo_label"),
 }
 
