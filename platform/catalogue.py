@@ -200,11 +200,12 @@ def losses(store: Store) -> list[str]:
     said = store.quantisation
     if said:
         unit = "of a standard deviation" if store.preset.zscore else "of the range 0 to 1"
-        hu = ""
+        own = ""
         if store.preset.window and not store.preset.zscore:
             width = store.preset.window[1] - store.preset.window[0]
-            hu = f": {width * said['max']:.2g} HU (rms {width * said['rms']:.2g})"
-        lines.append(f"stored as {store.preset.dtype}{_within(said)} {unit} from float32{hu}")
+            name = "levels of 255" if store.preset.window == PRESETS["picture"].window else "HU"
+            own = f": {width * said['max']:.2g} {name} (rms {width * said['rms']:.2g})"
+        lines.append(f"stored as {store.preset.dtype}{_within(said)} {unit} from float32{own}")
     return lines
 
 

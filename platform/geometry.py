@@ -23,7 +23,9 @@ the resampling, and the spacing is the length of the affine's columns.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -37,6 +39,7 @@ from medssl.platform.find import nearest
 from medssl.platform.records import UNLABELLED as UNLABELLED
 from medssl.platform.records import DataInfo, Part
 
+CACHED = 1 << 17  # values that are worked on at a time: half a megabyte of float32
 SAME_SPACING_MM = 1e-3  # spacings nearer than this are not resampled; MONAI's AFFINE_TOL
 
 Image = NDArray[Any]
@@ -277,26 +280,50 @@ class Line:
         """Where the outputs lie, in source voxels."""
         return np.minimum(np.arange(self.start, self.stop) * self.step, self.source - 1)
 
-    def linear(self, array: Image, axis: int) -> Image:
-        """`array` interpolated along `axis`, in float32 (a plain cut where nothing moves)."""
-        cut = (slice(None),) * axis
+    @property
+    def reach(self) -> slice:
+        """The source voxels that the outputs are made of."""
         if self.step == 1.0:
-            return array[(*cut, slice(self.start, self.stop))]
-        below = np.floor(self.positions).astype(np.intp)
-        weight = (self.positions - below).astype(np.float32).reshape(-1, *(1,) * (array.ndim - axis - 1))
-        first, last = int(below[0]), min(int(below[-1]) + 1, self.source - 1)
-        array = array[(*cut, slice(first, last + 1))].astype(np.float32, copy=False)
-        value = array.take(below - first, axis)
-        above = array.take(np.minimum(below + 1, last) - first, axis)
-        above -= value
-        above *= weight
-        above += value
-        return above
+            return slice(self.start, self.stop)
+        first, last = np.floor(self.positions[[0, -1]]).astype(int).tolist()
+        return slice(first, min(last + 2, self.source))
+
+    def linear(self, array: Image, axis: int) -> Image:
+        """`array` (c, z, y, x), cut to the `reach`, interpolated along `axis`, in float32; itself where nothing moves."""
+        if self.step == 1.0:
+            return array
+        floor = np.floor(self.positions)
+        below = floor.astype(np.intp) - self.reach.start
+        above = np.minimum(below + 1, array.shape[axis] - 1)
+        weight = (self.positions - floor).astype(np.float32)
+        out = np.empty((*array.shape[:axis], len(below), *array.shape[axis + 1 :]), np.float32)
+        if axis == 1:
+            for plane, b, a, w in zip(np.moveaxis(out, 1, 0), below, above, weight, strict=True):
+                np.subtract(array[:, a], array[:, b], out=plane, dtype=np.float32)
+                plane *= w
+                plane += array[:, b]
+            return out
+        weight = weight.reshape(-1, *(1,) * (array.ndim - axis - 1))
+        for some in runs(len(array[0]), array[:, 0].size):
+            part = array[:, some]
+            value = part.take(below, axis).astype(np.float32, copy=False)
+            step = part.take(above, axis).astype(np.float32, copy=False)
+            step -= value
+            step *= weight
+            np.add(step, value, out=out[:, some])
+        return out
 
     def nearest(self, array: Image, axis: int) -> Image:
-        """`array` at the nearest source voxel along `axis`; ties go to the even one, as in grid_sample."""
-        index = np.rint(self.positions).astype(np.intp)
-        return array[(*(slice(None),) * axis, slice(index[0], index[-1] + 1))].take(index - index[0], axis)
+        """`array`, cut to the `reach`, at the nearest voxel along `axis`; ties go to the even one, as in grid_sample."""
+        if self.step == 1.0:
+            return array
+        return array.take(np.rint(self.positions).astype(np.intp) - self.reach.start, axis)
+
+
+def runs(slices: int, values: int) -> Iterator[slice]:
+    """All slices of so many values each, a few at a time: what is done to them stays in the processor's cache."""
+    some = max(CACHED // max(values, 1), 1)
+    return (slice(first, min(first + some, slices)) for first in range(0, slices, some))
 
 
 def bounds(mask: NDArray[Any]) -> list[tuple[int, int]]:
@@ -310,6 +337,22 @@ def bounds(mask: NDArray[Any]) -> list[tuple[int, int]]:
             )
         found.append((int(hit[0]), int(hit[-1])))
     return found
+
+
+def extent(image: Image, lo: NDArray[np.float32]) -> list[tuple[int, int]]:
+    """The `bounds` of the voxels of (c, …) above `lo`, one for each, in any channel; NaN stands for those that are not 0."""
+    slowest = int(np.argmax(np.abs(image.strides[1:])))  # plane by plane as they lie in memory
+    whole = image.dtype.kind in "iu"  # compared as integers, which is quicker
+    least = [None if np.isnan(each) else math.floor(each) if whole else each for each in lo.ravel()]
+    along, across = [], np.zeros(np.delete(image.shape[1:], slowest), bool)
+    for planes in np.moveaxis(image, 1 + slowest, 0):
+        hits = [plane != 0 if bound is None else plane > bound for plane, bound in zip(planes, least, strict=True)]
+        hit = functools.reduce(np.logical_or, hits)
+        across |= hit
+        along.append(hit.any())
+    ends = bounds(across)
+    ends.insert(slowest, *bounds(np.array(along)))
+    return ends
 
 
 @dataclass(frozen=True)
@@ -379,27 +422,45 @@ def moments(x: NDArray[np.float32], chosen: NDArray[np.bool_]) -> tuple[float, f
     return mean, float(np.sqrt(squares / count))
 
 
-def quantise(scaled: NDArray[np.float32], dtype: str) -> tuple[Image, dict[str, float]]:
-    """Intensities as stored, and how far that is from them; integers are floor(largest · x), as in the CT study's PNGs.
+def quantise(scaled: NDArray[np.float32], dtype: str) -> tuple[Image, float, float]:
+    """Intensities as stored; how far they are from that at most, and the sum of the squares. Overwrites `scaled`.
 
-    Overwrites `scaled`. The distances are in the unit of `scaled`: the greatest, and the square root of the mean square.
+    Integers are floor(largest · x), as in the CT study's PNGs; the distances are then in levels.
     """
-    largest = 1 if dtype.startswith("float") else np.iinfo(dtype).max
-    if largest > 1:
-        scaled *= np.float32(largest)
-    elif dtype == "float16" and (reach := float(max(scaled.max(), -scaled.min()))) > float(np.finfo(dtype).max):
-        raise ValueError(f"its intensities reach {reach:g}, more than {dtype} holds; set preset.dtype to float32")
-    stored = scaled.astype(dtype)
-    np.subtract(scaled, stored, out=scaled)
-    rms = float(np.sqrt(np.vdot(scaled, scaled) / scaled.size))
-    return stored, {"rounding_max": float(max(scaled.max(), -scaled.min())) / largest, "rounding_rms": rms / largest}
+    if dtype.startswith("float"):
+        stored = scaled.astype(dtype)
+        scaled -= stored
+    else:
+        scaled *= np.float32(np.iinfo(dtype).max)
+        whole = np.floor(scaled)
+        stored = whole.astype(dtype)
+        scaled -= whole
+    flat = scaled.ravel(order="K")
+    return stored, float(max(flat.max(), -flat.min())), float(np.vdot(flat, flat))
 
 
-def foreground(image: Image, scale: Scale, preset: Preset, inside: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-    """What the box is drawn around, (h, w, d): the body; else voxels above the lower bound in any channel; else not 0."""
-    if inside is not None:
-        return inside
-    return np.any(image > scale.lo if preset.window or preset.percentiles else image != 0, axis=0)
+def store(
+    image: Image, scale: Scale, preset: Preset, inside: NDArray[np.bool_] | None, pad: list[tuple[int, int]]
+) -> tuple[Image, dict[str, float]]:
+    """Slices (d, c, h, w) of an image (c, h, w, d), scaled, rounded and padded; and what the rounding took.
+
+    The distances are in the unit of the scaled intensities: the greatest, and the square root of the mean square.
+    """
+    c, h, w, d = image.shape
+    (up, down), (left, right), (under, over) = pad
+    stored = np.zeros((under + d + over, c, up + h + down, left + w + right), preset.dtype)
+    held = stored[under : under + d, :, up : up + h, left : left + w]
+    most, squares = 0.0, 0.0
+    for some in runs(d, c * h * w):
+        scaled = scale.apply(image[..., some], preset, None if inside is None else inside[..., some])
+        reach = float(max(scaled.max(), -scaled.min())) if preset.dtype == "float16" else 0.0
+        if reach > np.finfo(np.float16).max:
+            raise ValueError(f"its intensities reach {reach:g}, more than float16 holds; set preset.dtype to float32")
+        block, farthest, square = quantise(scaled, preset.dtype)
+        held[some] = np.moveaxis(block, -1, 0)
+        most, squares = max(most, farthest), squares + square
+    largest = 1 if preset.dtype.startswith("float") else np.iinfo(preset.dtype).max
+    return stored, {"rounding_max": most / largest, "rounding_rms": float(np.sqrt(squares / image.size)) / largest}
 
 
 def grid(shape: tuple[int, ...], from_mm: tuple[float, ...], preset: Preset) -> list[Line]:
@@ -420,28 +481,20 @@ def stored_spacing(lines: list[Line], from_mm: tuple[float, ...], preset: Preset
 def peak_bytes(voxels: int, affine: NDArray[Any], shape: tuple[int, ...], channels: int, preset: Preset) -> int:
     """About the most memory that preparing a scan takes, itself included; `voxels` are the bytes of one as it was read.
 
-    Measured (tests/test_preparation.py): the scan, the float32 steps of its resampling, each axis in turn,
-    and four times the result; more for a body mask and a z-score.
+    Measured (tests/test_preparation.py): the scan; of its resampling, each axis in turn, the array before and after; what is
+    stored, twice where slices are put beside each other; more for a body mask, a z-score, and statistics of the scan itself.
     """
     from_mm, axes = spacing_and_axes(affine, preset.orientation)
     lines = grid(tuple(shape[axis] for axis, _ in axes), from_mm, preset)
     source, steps = float(np.prod(shape)), [line.stop / line.source for line in lines]
-    most, size = source, source
-    for step in sorted(steps):
-        size *= step
-        most = max(most, size)
-    beside = 12 * preset.body_mask + 4 * (preset.zscore is not None)
-    work = 4 * (source if preset.n4 or preset.statistics == "scan" else 0)
-    return (1 << 20) + int(
-        channels
-        * (
-            source * voxels
-            + work
-            + 4 * (most + 3 * size)
-            + beside * size
-            + preset.depth * size * np.dtype(preset.dtype).itemsize
-        )
-    )
+    most, size = 0.0, source
+    for step in sorted(step for step, line in zip(steps, lines, strict=True) if line.step != 1.0):
+        most, size = max(most, size + size * step), size * step
+    scan = 4 * source if preset.n4 or preset.statistics == "scan" else 0
+    percentiles = voxels * source if preset.percentiles else 0  # numpy sorts a copy
+    beside = 12 * preset.body_mask + 12 * (preset.zscore is not None)
+    held = (preset.depth + (preset.depth > 1)) * np.dtype(preset.dtype).itemsize
+    return (1 << 22) + int(channels * (source * voxels + scan + percentiles + 4 * most + (beside + held) * size))
 
 
 def prepare(
@@ -473,7 +526,7 @@ def prepare(
     lines = grid(scan.shape[1:], from_mm, preset)
     whole = [line.stop for line in lines]
     if preset.foreground_box and preset.window:
-        box = bounds(np.any(scan > preset.window[0], axis=0))
+        box = extent(scan, np.full(len(scan), preset.window[0], np.float32))
         lines = [line.around(*ends, preset.margin) for line, ends in zip(lines, box, strict=True)]
     image, label = resample(scan, scan_label, lines)
     spacing_mm = stored_spacing(lines, from_mm, preset)
@@ -486,10 +539,13 @@ def prepare(
     first, size, wanted = place(image, scale, preset, inside)
     cut: tuple[Any, ...] = (..., *(slice(at, at + n) for at, n in zip(first, size, strict=True)))
     image, label = image[cut], None if label is None else label[cut]
-    stored, lost = quantise(scale.apply(image, preset, None if inside is None else inside[cut]), preset.dtype)
     pad = [((n := side - have) // 2, n - n // 2) for side, have in zip(wanted, size, strict=True)]
-    stored = np.pad(np.moveaxis(stored, -1, 0), [pad[2], (0, 0), *pad[:2]])  # (d, c, h, w): one slice after another
-    label = None if label is None else np.pad(label.astype(np.uint8), pad)
+    stored, lost = store(image, scale, preset, None if inside is None else inside[cut], pad)
+    if label is not None:
+        (up, _), (left, _), (under, _) = pad
+        whole_label = np.zeros((len(stored), *stored.shape[2:]), np.uint8)
+        whole_label[under : under + size[2], up : up + size[0], left : left + size[1]] = np.moveaxis(label, -1, 0)
+        label = np.moveaxis(whole_label, 0, -1)
     geometry = {
         "axes": [[axis, backwards] for axis, backwards in axes],
         "source": [line.source for line in lines],
@@ -514,10 +570,12 @@ def prepare(
 def resample(image: Image, label: Image | None, lines: list[Line]) -> tuple[Image, Image | None]:
     """Image (c, x, y, z) and label (x, y, z) along all three lines.
 
-    The axis that shrinks most goes first, so that the others have less to do. NIfTI files count x fastest: seen from their end,
-    the axes are in the order of the memory, and interpolating along one copies whole runs of the others.
+    What no output is made of is cut off; then the axis that shrinks most goes first, so that the others have less to do. NIfTI
+    files count x fastest: seen from their end, the axes are in the order of the memory, and interpolating along one copies
+    whole runs of the others.
     """
-    image, label = image.transpose(0, 3, 2, 1), None if label is None else label.T
+    reach = tuple(line.reach for line in reversed(lines))
+    image, label = image.transpose(0, 3, 2, 1)[:, *reach], None if label is None else label.T[reach]
     for axis in sorted(range(3), key=lambda axis: (lines[axis].stop - lines[axis].start) / lines[axis].source):
         image = lines[axis].linear(image, 3 - axis)
         label = None if label is None else lines[axis].nearest(label, 2 - axis)
@@ -535,7 +593,8 @@ def place(
     """What is kept of a resampled volume: the first voxel and the length along each axis, and the length after padding."""
     first, size = [0, 0, 0], list(image.shape[1:])
     if preset.foreground_box:
-        ends = bounds(foreground(image, scale, preset, inside))
+        lo = scale.lo if preset.window or preset.percentiles else np.full_like(scale.lo, np.nan)
+        ends = bounds(inside) if inside is not None else extent(image, lo)
         first = [max(begin - preset.margin, 0) for begin, _ in ends]
         size = [min(end + preset.margin + 1, n) - at for at, (_, end), n in zip(first, ends, size, strict=True)]
     wanted = [side or n for side, n in zip(preset.size or (None,) * 3, size, strict=True)]

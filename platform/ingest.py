@@ -31,7 +31,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,15 +175,16 @@ def write_table(path: Path, table: "pa.Table", final: bool) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
-    buffer = pa.BufferOutputStream()
-    if final:  # level 1: pixels hardly shrink further, and no dictionary of pixels
-        pyarrow.parquet.write_table(
-            table, buffer, compression="zstd", compression_level=1, use_dictionary=["patient", "volume"]
-        )
-    else:
-        with pa.ipc.new_file(buffer, table.schema) as file:
-            file.write_table(table)
-    atomic.write(path, lambda file: file.write(buffer.getvalue()), durable=final)
+    def fill(file: BinaryIO) -> None:
+        if final:  # level 1: pixels hardly shrink further, and no dictionary of pixels
+            pyarrow.parquet.write_table(
+                table, file, compression="zstd", compression_level=1, use_dictionary=["patient", "volume"]
+            )
+        else:
+            with pa.ipc.new_file(file, table.schema) as arrow:
+                arrow.write_table(table)
+
+    atomic.write(path, fill, durable=final)
 
 
 # ------------------------------------------------------------------------------------------------------- shuffling all slices
@@ -221,12 +222,12 @@ def write_part(task: PartTask) -> str:
     """Gather the rows of one slice file from the volumes, mapped into memory, and write it. Returns its name."""
     import pyarrow as pa
 
-    pieces = []
-    for path, rows, _ in task.rows:
+    slices: dict[int, pa.Table] = {}
+    for path, rows, places in task.rows:
         with pa.memory_map(str(path)) as file:
-            pieces.append(pa.ipc.open_file(file).read_all().take(rows).replace_schema_metadata(None))
-    places = np.concatenate([places for *_, places in task.rows])
-    write_table(task.path, pa.concat_tables(pieces).take(np.argsort(places)), final=True)
+            mine = pa.ipc.open_file(file).read_all().take(rows).replace_schema_metadata(None)
+        slices |= {int(place): mine.slice(k, 1) for k, place in enumerate(places)}  # not copied again
+    write_table(task.path, pa.concat_tables([slices[place] for place in sorted(slices)]), final=True)
     return task.path.name
 
 
@@ -258,11 +259,16 @@ def end_with_parent() -> None:
 
 
 def in_processes(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
-    """Results as they finish, from fresh processes (forking one that has threads may hang); one worker is this process."""
+    """Results as they finish, from fresh processes (forking one that has threads may hang); one worker is this process.
+
+    They are forked from a server that has imported what they need, and neither torch nor ray.
+    """
     if min(workers, len(items)) <= 1:
         yield from map(function, items)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    needed = ["medssl.platform.ingest", "nibabel", "isal.isal_zlib", "pyarrow.parquet"]
+    context.set_forkserver_preload([*needed, "pandas"])  # which pyarrow imports wherever it is installed
     with ProcessPoolExecutor(min(workers, len(items)), context, end_with_parent) as pool:
         try:
             for future in as_completed([pool.submit(function, item) for item in items]):

@@ -1,8 +1,9 @@
 """A picture of a prepared data set: slices of some volumes, with the contours of their classes.
 
-Slices are shown as a radiologist sees them: the patient's right on the left of the picture, anterior on top. The window is the
-stored range, so what is black or white here is black or white for the network; numbers without bounds (z-scores) are shown from
-the 1st to the 99th percentile of the volume. What nobody annotated is hatched.
+Slices are shown as a radiologist sees them: the patient's right on the left of the picture, anterior on top (`radiological`
+says how slices of other orientations are). The window is the stored range, so what is black or white here is black or white for
+the network; numbers without bounds (z-scores) are shown from the 1st to the 99th percentile of the volume. What nobody annotated
+is hatched.
 """
 
 import io
@@ -20,9 +21,19 @@ from medssl.platform.store import Store, VolumeRecord
 COLUMNS = 6  # slices per volume
 
 
-def radiological(plane: NDArray[Any]) -> NDArray[Any]:
-    """A stored slice [R, A] as rows from anterior to posterior and columns from the patient's right to left."""
-    return plane[::-1, ::-1].T
+def radiological(plane: NDArray[Any], orientation: str = "RAS") -> NDArray[Any]:
+    """A stored slice as it is read: the patient's head on top, else the front; the right side on the left, else the front.
+
+    orientation    where the slice's rows, its columns (and the slices) run to
+    """
+    plane = plane[tuple(slice(None, None, -1 if letter in "RAS" else 1) for letter in orientation[:2])]
+    return plane.T if upright(orientation) else plane
+
+
+def upright(orientation: str) -> bool:
+    """Whether a stored slice's columns run along the picture's height: the higher of the axes SI, AP, RL."""
+    rows, columns = ("RLAPSI".index(letter) // 2 for letter in orientation[:2])
+    return columns > rows
 
 
 def chosen(store: Store, volumes: int | Sequence[str]) -> list[VolumeRecord]:
@@ -66,15 +77,15 @@ def picture(store: Store, volumes: int | Sequence[str] = 4) -> bytes:
     for line, record in zip(axes, rows, strict=True):
         image, label = store.arrays(record.volume)
         across, along, _ = record.spacing_mm
+        aspect = along / across if upright(store.preset.orientation) else across / along
         low, top = window(image[:, 0])
         for axis in line:
             axis.set_axis_off()
         for axis, k in zip(line, heights(label, record.slices), strict=False):
-            axis.imshow(
-                radiological(image[k, 0]), cmap="gray", vmin=low, vmax=top, aspect=along / across, interpolation="nearest"
-            )
+            shown = radiological(image[k, 0], store.preset.orientation).astype(np.float32)
+            axis.imshow(shown, cmap="gray", vmin=low, vmax=top, aspect=aspect, interpolation="nearest")
             axis.set_title(f"{record.volume[:22]}  {k + 1}/{record.slices}", color="0.8", fontsize=6, pad=2)
-            plane = np.zeros_like(image[k, 0]) if label is None else radiological(label[k])
+            plane = np.zeros(shown.shape, np.uint8) if label is None else radiological(label[k], store.preset.orientation)
             if (plane == UNLABELLED).any():
                 axis.contourf(plane == UNLABELLED, [0.5, 1.5], colors="none", hatches=["////"])
             for number in np.intersect1d(plane, np.arange(1, len(store.classes))):
@@ -95,7 +106,7 @@ def window(channel: NDArray[Any]) -> tuple[float, float]:
         return 0.0, float(np.iinfo(channel.dtype).max)
     if channel.min() >= 0 and channel.max() <= 1:
         return 0.0, 1.0
-    low, high = np.percentile(channel[:: max(1, len(channel) // 20)], (1, 99))
+    low, high = np.percentile(channel[:: max(1, len(channel) // 20)].astype(np.float32), (1, 99))
     return float(low), float(max(high, low + 1e-6))
 
 

@@ -306,17 +306,19 @@ def whole_numbers(values: NDArray[Any]) -> tuple[NDArray[np.unsignedinteger[Any]
     if not high - low < 1 << 16 or not (values.dtype.kind != "f" or (values == np.rint(values)).all()):  # NaN fails the first
         return None
     if low >= 0 and high <= 255:
-        low, offset = 0.0, values.astype(np.uint8)
+        low, offset = 0.0, values.astype(np.uint8, copy=False)
     else:
         offset = np.subtract(values, low, dtype=np.float64).astype(np.uint16)
     return offset, int(low), [int(low) + int(n) for n in np.flatnonzero(occurring(offset))]
 
 
 def occurring(offset: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.bool_]:
-    """Which numbers occur, from 0 up; counted in pieces that stay in the cache, as bincount makes 8 bytes of each voxel."""
+    """Which numbers occur, from 0 up: those that a run of equal ones begins with, as labels are made of long runs."""
     flat, seen = offset.ravel(order="K"), np.zeros(int(offset.max()) + 1, bool)
     for start in range(0, len(flat), 1 << 16):
-        seen |= np.bincount(flat[start : start + (1 << 16)], minlength=len(seen)) > 0
+        some = flat[start : start + (1 << 16)]
+        seen[some[0]] = True
+        seen[some[1:][some[1:] != some[:-1]]] = True
     return seen
 
 

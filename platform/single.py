@@ -144,8 +144,9 @@ def describe(summary: dict[str, Any]) -> str:
     lines.append(" ".join([" " * width, *(f"{name:>10}" for name in names)]))
     classes = list(test["by_class"].get("dice") or (test["by_class"][names[0]] if names else {}))
     for label in classes:
-        values = (test["by_class"][name].get(label, float("nan")) for name in names)
-        lines.append(" ".join([f"{label:<{width}}", *(f"{value:10.3f}" for value in values)]))
+        values = (test["by_class"][name].get(label) for name in names)  # None: no score of single classes, as accuracy
+        words = (f"{'':10}" if value is None else f"{value:10.3f}" for value in values)
+        lines.append(" ".join([f"{label:<{width}}", *words]).rstrip())
     lines.append(" ".join([f"{'mean':<{width}}", *(f"{test['mean'][name]:10.3f}" for name in names)]))
     lines.append(f"{test['absent']} absent, {test['missed']} missed, {test['hallucinated']} hallucinated")
     return "\n".join([*lines, summary["contract"]])

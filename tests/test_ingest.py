@@ -473,6 +473,27 @@ def test_a_slice_is_shown_as_radiologists_see_it():
     assert shown[-1, -1] == plane[0, 0]  # left and posterior: lower right
 
 
+@pytest.mark.parametrize(
+    ("orientation", "corner", "shape"),
+    [("LPS", "RA", (3, 2)), ("SRA", "SR", (2, 3)), ("ASR", "SA", (3, 2)), ("IAL", "SA", (2, 3)), ("ARI", "RA", (2, 3))],
+)
+def test_a_slice_of_any_orientation_is_shown_upright(orientation, corner, shape):
+    """`corner`: which ends of its axes meet in the upper left of the picture."""
+    plane = np.arange(6).reshape(2, 3)
+    shown = montage.radiological(plane, orientation)
+    assert shown.shape == shape
+    assert shown[0, 0] == plane[tuple(-1 if letter in corner else 0 for letter in orientation[:2])]
+
+
+def test_a_montage_is_drawn_of_coronal_slices_of_z_scores(tmp_path):
+    from matplotlib.image import imread
+
+    changes = {"dtype": "float16", "percentiles": None, "zscore": "all", "orientation": "SRA"}
+    store = ingest.prepare(scans(tmp_path / "scans", volumes=2), tmp_path / "store", workers=1, changes=changes)
+    montage.show(store, tmp_path / "picture.png")
+    assert np.ptp(np.percentile(imread(tmp_path / "picture.png")[..., 0], (5, 99))) > 0.5
+
+
 def test_a_montage_shows_every_class_that_is_there(tmp_path):
     from matplotlib.colors import hsv_to_rgb
     from matplotlib.image import imread

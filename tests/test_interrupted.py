@@ -18,12 +18,13 @@ from medssl.platform.errors import RunError
 PROGRAM = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
-import nibabel, pyarrow, pyarrow.parquet
+import isal.isal_zlib, nibabel, pyarrow.parquet, pydantic
 from medssl.platform import atomic, ingest
 from medssl.platform.store import Store
 
 root, out, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-ingest.PART_BYTES = 6000
+ingest.PART_BYTES = 15000
+pyarrow.array([1])  # imports pandas, where there is one
 TOUCHES = ("open", "os.", "shutil.", "tempfile.")
 
 def run(die_at=None, half=None):
@@ -100,6 +101,7 @@ def write_scans(root, volumes=6, shape=(24, 20, 8)):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the runs that are killed")
 def test_killed_at_random_moments_the_next_run_makes_the_same_store(tmp_path):
     """Among them: while slices are dealt into files, between two of them, and while the manifest is written."""
