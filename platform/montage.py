@@ -2,8 +2,8 @@
 
 Slices are shown as a radiologist sees them: the patient's right on the left of the picture, anterior on top (`radiological`
 says how slices of other orientations are). The window is the stored range, so what is black or white here is black or white for
-the network; numbers without bounds (z-scores) are shown from the 1st to the 99th percentile of the volume. What nobody annotated
-is hatched.
+the network; numbers without bounds (z-scores) are shown from the 1st to the 99th percentile of the volume. What nobody
+annotated is hatched.
 """
 
 import io
