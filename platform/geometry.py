@@ -454,7 +454,7 @@ def store(
     for some in runs(d, c * h * w):
         scaled = scale.apply(image[..., some], preset, None if inside is None else inside[..., some])
         reach = float(max(scaled.max(), -scaled.min())) if preset.dtype == "float16" else 0.0
-        if reach > np.finfo(np.float16).max:
+        if reach > float(np.finfo(np.float16).max):
             raise ValueError(f"its intensities reach {reach:g}, more than float16 holds; set preset.dtype to float32")
         block, farthest, square = quantise(scaled, preset.dtype)
         held[some] = np.moveaxis(block, -1, 0)
