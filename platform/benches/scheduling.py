@@ -8,9 +8,9 @@ remains are places that stand empty: while the driver is busy, while a search wa
 A chain takes a lognormal time about 40 minutes for its pretraining and 8 for each of two fine-tunings (deviation a quarter),
 a node one at a time. The ideal is the work shared evenly among all places, or the longest chain if that takes longer.
 
-A search misses the 3 %: 5.8 % over the ideal for 100 arms on 8 nodes, with the driver busy for 0.1 %. The rest may be a choice of
-ours, though no other was simulated: an arm's next pretraining waits for its last, which may show that it is losing, so that
-the last arms leave places empty. Nodes that die are repeated work, not scheduling: tests/test_cluster.py has them for real.
+A search misses the 3 %: 5.8 % over the ideal for 100 arms on 8 nodes, with the driver busy for 0.1 %. The rest may be a choice
+of ours, though no other was simulated: an arm's next pretraining waits for its last, which may show that it is losing, so
+that the last arms leave places empty. Nodes that die are repeated work, not scheduling: tests/test_cluster.py has them for real.
 """
 
 import heapq
