@@ -10,7 +10,7 @@ a node one at a time. The ideal is the work shared evenly among all places, or t
 
 A search misses the 3 %: 5.8 % over the ideal for 100 arms on 8 nodes, with the driver busy for 0.1 %. The rest may be a choice
 of ours, though no other was simulated: an arm's next pretraining waits for its last, which may show that it is losing, so
-that the last arms leave places empty. Nodes that die are repeated work, not scheduling: tests/test_cluster.py has them for real.
+that the last arms leave places empty. Nodes that die are repeated work, not scheduling: tests/test_cluster.py has them.
 """
 
 import heapq
