@@ -2,7 +2,7 @@
 
 A check of health and no ranking: papers' heads, queues, teachers and rates are made for 100 epochs and more, and here all are
 cut to size, by hand and not tuned. One optimizer and one rate (AdamW, 1e-3, a cosine to 0) stand for those of all papers;
-heads have 256 units, prototypes are 256, and the queue holds four batches, so that its keys come from one encoder and not from
+heads have 256 units, prototypes are 256, and the queue holds one batch, so that its keys come from one encoder and not from
 its history. A teacher that is to arrive within the run moves by a twentieth or a fiftieth a step at first, not by a 250th or a
 1000th, and the centre of a faster teacher must be faster in proportion (see `dino.py`). The network normalises over the batch:
 under instance norm the coarsest map's mean, which is what methods compare, has few directions to offer (see
@@ -10,8 +10,8 @@ under instance norm the coarsest map's mean, which is what methods compare, has 
 
 What to look at is `medssl leaderboard --pretrainings`: whether the loss falls, features keep their rank, and a linear probe
 of the frozen encoder beats that of the same encoder before its first step. The fine-tuning behind it is as short.
-MoCo's loss alone need not fall: as the rate comes down the queue's keys become those of one encoder, and harder; hold it
-against chance, log(1 + 256) = 5.55.
+MoCo's loss is to be held against chance, log(1 + 64) = 4.17. With a longer queue it need not fall at all: as the rate comes
+down its keys become those of one encoder, and harder.
 Settings in DEFAULTS can be overridden, those of SIZES cannot: `methods.py` asks the same question of the papers' settings.
 The side of a view is left to the command line; the Hippocampus, 31 pixels at its smallest, takes `-o pretrain.side=24`.
 """
@@ -44,7 +44,7 @@ SIZES: dict[str, dict[str, Any]] = {  # of each method, beside its file's settin
     "iic": {},
     "infonce": {"hidden": 256, "d": 128},
     "mae": {"patch": 4, "width": 16},
-    "moco": {"hidden": 256, "queue": 256, "momentum": 0.95},
+    "moco": {"hidden": 256, "queue": 64, "momentum": 0.95},
     "simclr": {},
     "simsiam": {"d": 256, "bottleneck": 64},
     "vicreg": {"d": 256, "hidden": 256},
