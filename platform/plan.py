@@ -366,8 +366,6 @@ def _refuse_probes(experiment: Experiment, store: Store, split: Split) -> None:
             f"pretrain.training.probes needs labelled training and validation patients; split {split.name} has "
             f"{len(split.labelled)} and {len(annotated & set(split.val))}; set it to 0, or label some"
         )
-    if experiment.spatial_dims != 2:
-        raise UsageError("pretrain.training.probes needs slices: set it to 0 where network.spatial_dims is 3")
 
 
 def _probes(pretrain: Part | None) -> int:

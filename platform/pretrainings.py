@@ -5,7 +5,7 @@
                than the one that follows
     training   monitors at the last report: collapse index (0 spread, 1 a point), spread and effective rank of the features of
                views; a method reports those that mean something for it
-    probe      of the frozen encoder on validation slices (`pretrain.training.probes`), before the first step and at the end:
+    probe      of the frozen encoder on validation slices, or cubes (`pretrain.training.probes`), before the first step and at the end:
                Dice of a linear classifier, balanced accuracy of nearest neighbours, effective rank
     steps/s    between the first and the last report, looks and what a kill made a process repeat included
 
