@@ -321,7 +321,7 @@ def test_what_is_probed_before_the_first_step_is_the_encoder_that_a_run_from_scr
     assert pretraining.told[0] == (0, pytest.approx(reading.dice))
 
 
-def test_a_pretraining_on_volumes_is_probed_on_cubes_of_its_own_side_and_unchanged_by_it(prepared: Store, tmp_path: Path) -> None:
+def test_a_pretraining_on_volumes_is_probed_on_cubes_of_its_own_side_and_unchanged(prepared: Store, tmp_path: Path) -> None:
     plain, probed = (Pretraining(prepared, tmp_path, probes, dims=3) for probes in (0, 1))
     plain.run()
     probed.run()
