@@ -324,6 +324,22 @@ def build(tree: Mapping[str, Any]) -> Experiment:
     )
 
 
+def rebuilt(tree: Mapping[str, Any]) -> Experiment:
+    """The experiment whose `tree` this is, as run.json holds it; its stages have the ids that they had.
+
+    Of a float, 225.0 was typed, in whichever way, and 225 is a default as its file spells it (`epochs: float = 225`). Ids tell
+    the two apart, and `build` takes both for typed.
+    """
+    experiment = build(tree)
+    trained = {section: getattr(experiment, section) for section in ("pretrain", "further", "finetune")}
+    for section, part in trained.items():
+        if part and part.training:
+            said = tree[section]["training"]
+            spelt = {name: said[name] for name, value in vars(part.training).items() if type(value) is float and name in said}
+            trained[section] = dataclasses.replace(part, training=dataclasses.replace(part.training, **spelt))
+    return dataclasses.replace(experiment, **trained)
+
+
 def _fed(hook: Part) -> bool:
     """Whether a hook learns from unlabelled slices."""
     return not find.constant("hook", hook.name, "LABELLED_ONLY", False)
