@@ -307,6 +307,7 @@ def build(tree: Mapping[str, Any]) -> Experiment:
     unlabelled = _dataclass(Unlabelled, tree.get("unlabelled") or {}, "unlabelled")
     for section, part in (("pretrain", pretrain), ("further", further)):
         if part:
+            _refuse_labels(section, part.name)
             _refuse_encoder(section, part.name, network.name)
     return Experiment(
         data=_dataclass(Data, tree.get("data") or {}, "data"),
@@ -356,6 +357,14 @@ def _hooks(tree: Any) -> tuple[Part, ...]:
     if len(predict := [hook.name for hook in hooks if find.constant("hook", hook.name, "PREDICTS", False)]) > 1:
         raise UsageError(f"hooks: {' and '.join(predict)} each bring the network that predicts; choose one of them")
     return hooks
+
+
+def _refuse_labels(section: str, method: str) -> None:
+    if method == "segment":
+        raise UsageError(
+            f"{section}.name=segment learns from labels, which is fine-tuning: use `medssl finetune`; a pretraining can begin "
+            "with what that leaves, `--from …/best.pt`"
+        )
 
 
 def _refuse_encoder(section: str, method: str, network: str) -> None:

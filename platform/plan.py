@@ -143,7 +143,7 @@ def _resolved_pretraining(section: str, part: Part, experiment: Experiment, volu
     """A pretraining with its steps and the side of its views."""
     dims = experiment.spatial_dims
     if dims == 3 and find.constant("method", part.name, "SLICES_ONLY", False):
-        raise UsageError(f"{section}.name={part.name} trains on slices only; leave it out, or set network.spatial_dims=2")
+        raise UsageError(f"{section}.name={part.name} trains on slices only; choose another, or set network.spatial_dims=2")
     part, sizes = _with_training(part, _elements(volumes, dims)), _sizes(volumes, dims)
     if getattr(part.settings, "side", 0) is None:
         whole = dims == 2 and find.constant("method", part.name, "VIEWS", "crops") == "whole slices"
