@@ -26,9 +26,10 @@ https://arxiv.org/abs/1805.01978 (k = 200 images with one class each, where slic
 
 Costs: from each volume SLICES evenly spaced slices, at most PIXELS pixels for the classifier; nothing is drawn at random. A
 look at Hippocampus (5 volumes to learn from, 27 to ask about, 512 slices) took 1.7 s on one busy core with a U-Net of width 32.
-In 3D evenly spaced cubes of the side of a pretraining view, none of which overlap: as many as VOXELS hold, two at least, so
-that a look at 20 volumes is 5 million voxels, or for cubes of 96 a forward pass over 40 of them. Cubes that are large beside
-the volume all show the same classes, which leaves kNN nothing to tell: NaN.
+In 3D evenly spaced cubes of the side of a pretraining view, none of which overlap: as many as VOXELS hold, two at least. On 32
+volumes of Hippocampus' shape (384 cubes of 16) a look took 1.3 times as long as in 2D; at 20 volumes it never sees more than
+5 million voxels, or 40 cubes where these are larger than 50. Cubes that are large beside the volume all show the same classes,
+which leaves kNN nothing to tell: NaN.
 """
 
 import itertools
