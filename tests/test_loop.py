@@ -345,3 +345,22 @@ def test_snapshots_change_nothing_of_the_training(tmp_path: Path) -> None:
         loop.train(method, batches, training, steps=6, seed=3, keep=lambda step: None)
         ends.append(checkpoint.digest(method.state_dict()))
     assert ends[0] == ends[1]
+
+
+class Linear(nn.Module):
+    """A loss that costs one matrix product forward and one backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4, bias=False)
+
+    def loss(self, views: Views, step: Step) -> Loss:
+        return Loss({"sum": self.layer(views.images[0]).sum()})
+
+
+def test_the_operations_of_a_step_that_the_bench_tells_are_those_of_the_hand() -> None:
+    """8 rows of 6 numbers to 4: 2 · 8 · 6 · 4 forward, as many for the weights' gradient, and none for that of the views."""
+    from medssl.platform.benches import encoders as bench
+
+    assert bench.operations(Linear(), Training(), [torch.rand(8, 6)]) == 2 * 2 * 8 * 6 * 4
+    assert bench.product_rate(torch.device("cpu"), side=16, times=2) > 0
