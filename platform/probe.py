@@ -26,10 +26,9 @@ https://arxiv.org/abs/1805.01978 (k = 200 images with one class each, where slic
 
 Costs: from each volume SLICES evenly spaced slices, at most PIXELS pixels for the classifier; nothing is drawn at random. A
 look at Hippocampus (5 volumes to learn from, 27 to ask about, 512 slices) took 1.7 s on one busy core with a U-Net of width 32.
-In 3D evenly spaced cubes of the side of a pretraining view, none of which overlap: as many as VOXELS hold, two at least. On 32
-volumes of Hippocampus' shape (384 cubes of 16) a look took 1.3 times as long as in 2D; at 20 volumes it never sees more than
-5 million voxels, or 40 cubes where these are larger than 50. Cubes that are large beside the volume all show the same classes,
-which leaves kNN nothing to tell: NaN.
+In 3D these are evenly spaced cubes of the side of a pretraining view, none of which overlap: at most SLICES, as many as VOXELS
+hold, and two at least. On 32 volumes of Hippocampus' shape (384 cubes of 16) a look took 1.3 times as long as in 2D. Cubes that
+are large beside the volume all show the same classes, which leaves kNN nothing to tell: NaN.
 """
 
 import itertools
@@ -46,11 +45,11 @@ from medssl.methods.protocol import UNLABELLED, intensities
 from medssl.platform import metrics
 from medssl.platform.records import Score, Volume
 
-SLICES = 16  # of each volume
+SLICES = 16  # of each volume, or cubes
 PIXELS = 8192
 RIDGE = 0.1  # λ, beside variances of 1
 NEIGHBOURS = 5
-BATCH = 16  # slices per forward pass
+BATCH = 16  # slices per forward pass, or cubes
 VOXELS = 2**18  # in 3D, of the cubes of a volume, and of a forward pass
 
 
@@ -65,7 +64,7 @@ class Reading:
 
 
 def thinned(volumes: Iterable[Volume], side: int | None = None) -> list[Volume]:
-    """The volumes that have a label, by at most SLICES evenly spaced slices each; or, given a `side`, by cubes of it.
+    """The volumes that have a label, by at most SLICES evenly spaced slices each; or, given a `side`, by cubes of that.
 
     The slices make a smaller volume: its Dice is over them. Cubes take the place of slices: image (n, c, side, side, side) and
     label (n, side, side, side), slices last, as a 3D encoder reads them.
@@ -227,7 +226,7 @@ def _cubes(volume: Volume, side: int) -> tuple[Tensor, Tensor]:
     corners = list(itertools.product(*firsts))
     boxes = [
         tuple(slice(first, first + side) for first in corners[number])
-        for number in _even(len(corners), max(2, VOXELS // side**3)).tolist()
+        for number in _even(len(corners), max(2, min(SLICES, VOXELS // side**3))).tolist()
     ]
     return torch.stack([image[(slice(None), *box)] for box in boxes]), torch.stack([label[box] for box in boxes])
 
@@ -235,6 +234,6 @@ def _cubes(volume: Volume, side: int) -> tuple[Tensor, Tensor]:
 def _maps(encoder: nn.Module, volume: Volume, device: torch.device) -> Iterator[tuple[int, list[Tensor]]]:
     """The encoder's maps, some slices or cubes of the volume at a time, and the number of the first of them."""
     sides = volume.image.shape[2:]
-    at_once = BATCH if len(sides) == 2 else max(1, VOXELS // math.prod(sides))
+    at_once = BATCH if len(sides) == 2 else max(1, min(BATCH, VOXELS // math.prod(sides)))
     for start in range(0, len(volume.image), at_once):
         yield start, list(encoder(intensities(volume.image[start : start + at_once].to(device))))

@@ -216,6 +216,8 @@ def test_no_volume_has_more_cubes_than_its_share_of_voxels_but_two(monkeypatch: 
     monkeypatch.setattr(probe, "VOXELS", 6**3 * 3)
     (few,) = probe.thinned(volumes(range(1), d=18, sides=(12, 12)), 6)  # of 12
     assert len(few.image) == 3
+    (some,) = probe.thinned(volumes(range(1), d=18, sides=(12, 12)), 3)  # of 96, 24 of which VOXELS would hold
+    assert len(some.image) == probe.SLICES
     monkeypatch.setattr(probe, "VOXELS", 1)
     assert [len(cut.image) for cut in probe.thinned(volumes(range(2), d=18, sides=(12, 12)), 6)] == [2, 2]
 
