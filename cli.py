@@ -129,6 +129,9 @@ def data_prepare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare anew where another preparation lies.")] = False,
     workers: Workers = None,
     name: Annotated[str | None, typer.Option(help="What the prepared set is called; default: the folder's name.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster whose nodes all see the scans and MEDSSL_DATA; default: this machine.")
+    ] = None,
 ) -> None:
     """Read volumes, resample, normalise, and store their slices with a split by patients."""
     from medssl.platform import catalogue
@@ -143,7 +146,15 @@ def data_prepare(
         raise UsageError("--labels and --subject-regex belong to --images or --datalist; say where the scans are")
     changes = dict(map(catalogue.preset_change, override or []))
     store = catalogue.prepare(
-        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, name=name, say=_aside
+        source,
+        preset=preset,
+        changes=changes,
+        seed=seed,
+        overwrite=overwrite,
+        workers=workers,
+        name=name,
+        address=address,
+        say=_aside,
     )
     typer.echo(catalogue.summary(store))
 

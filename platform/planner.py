@@ -6,6 +6,7 @@ follow from placing whole chains, in the order of the sweep, on as many places a
 imports torch, and ray only to ask a cluster that was named.
 """
 
+import functools
 import heapq
 import json
 import math
@@ -357,8 +358,8 @@ def packing(peak: float, busy: float | None, hands: Hands, resources: Resources)
     """
     if not peak or not hands.gpus or hands.memory is None or resources.workers > 1 or resources.gpus is not None:
         return []
-    room = {"cpus": resources.cpus, "cores": hands.cpus, "gpus": int(hands.gpus)}
-    share = places.fraction(peak, hands.memory, **room, busy=busy or 0.0)
+    room = functools.partial(places.fraction, peak, hands.memory, cpus=resources.cpus, cores=hands.cpus, gpus=int(hands.gpus))
+    share = room(busy=busy or 0.0)
     if share < 1:
         when = "worth it while one stage keeps the GPU less than half busy"
         if busy is not None:
@@ -367,10 +368,8 @@ def packing(peak: float, busy: float | None, hands: Hands, resources: Resources)
             f"packing  -o resources.gpus={share:g}: {int(1 / share + 1e-9)} stages of {_size(peak)} find place on each GPU of "
             f"{_size(hands.memory)}; {when}"
         ]
-    if busy is not None and places.fraction(peak, hands.memory, **room, busy=0.0) < 1:
-        return [
-            f"packing  none: a stage of {_size(peak)} leaves room, but was measured to keep its GPU {busy:.0%} busy by itself"
-        ]
+    if busy is not None and room(busy=0.0) < 1:
+        return [f"packing  none: a stage of {_size(peak)} leaves room, but was measured to keep its GPU {busy:.0%} busy"]
     return []
 
 

@@ -152,6 +152,11 @@ def test_a_sweep_whose_head_died_finds_all_that_was_finished_on_the_next_cluster
 
 
 @pytest.mark.slow
+def test_volumes_are_prepared_on_all_nodes_and_a_lost_one_takes_only_what_it_was_at(sweeping):
+    sweeping("volumes_lose_a_node")
+
+
+@pytest.mark.slow
 def test_waiting_stages_bring_nodes_up_and_idle_ones_leave_until_none_is_left(sweeping):
     sweeping("cluster_grows_and_shrinks")
 

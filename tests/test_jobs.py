@@ -173,7 +173,7 @@ def test_what_is_typed_wrongly_is_refused_before_a_cluster_is_asked(tmp_path, mo
     (tmp_path / "here").mkdir()
     (tmp_path / "small.yaml").write_text("")
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(UsageError, match="small.yaml: lies outside this folder"):
+    with pytest.raises(UsageError, match=r"small\.yaml: lies outside this folder"):
         jobs.submit(["sweep", "iou-interval", "-p", "../small.yaml"], None)
     with pytest.raises(UsageError, match="--env MEDSSL_RUNS: expected NAME=VALUE"):
         jobs.submit(["sweep", "iou-interval"], None, ["MEDSSL_RUNS"])
@@ -182,5 +182,5 @@ def test_what_is_typed_wrongly_is_refused_before_a_cluster_is_asked(tmp_path, mo
 def test_the_address_that_was_typed_is_asked_whatever_ray_finds_in_the_environment(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:3")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:2")
-    with pytest.raises(RunError, match="no Ray cluster answers at http://127.0.0.1:1"):
+    with pytest.raises(RunError, match=r"no Ray cluster answers at http://127\.0\.0\.1:1;"):
         jobs.running("http://127.0.0.1:1")
