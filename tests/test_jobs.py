@@ -184,3 +184,18 @@ def test_the_address_that_was_typed_is_asked_whatever_ray_finds_in_the_environme
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:2")
     with pytest.raises(RunError, match=r"no Ray cluster answers at http://127\.0\.0\.1:1;"):
         jobs.running("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["sweep", "iou-interval"], True),
+        (["sweep", "iou-interval", "--address=10.0.0.1:6379"], False),
+        (["sweep", "iou-interval", "--address", "auto"], False),
+        (["data", "prepare", "/shared/scans"], True),
+        (["data", "check", "/shared/scans"], False),
+        (["pretrain", "simsiam"], False),
+    ],
+)
+def test_a_command_that_can_use_a_cluster_is_told_which_unless_it_was(words, expected):
+    assert jobs.spreads(words) is expected
