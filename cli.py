@@ -129,6 +129,9 @@ def data_prepare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare anew where another preparation lies.")] = False,
     workers: Workers = None,
     name: Annotated[str | None, typer.Option(help="What the prepared set is called; default: the folder's name.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster whose nodes all see the scans and MEDSSL_DATA; default: this machine.")
+    ] = None,
 ) -> None:
     """Read volumes, resample, normalise, and store their slices with a split by patients."""
     from medssl.platform import catalogue
@@ -143,7 +146,15 @@ def data_prepare(
         raise UsageError("--labels and --subject-regex belong to --images or --datalist; say where the scans are")
     changes = dict(map(catalogue.preset_change, override or []))
     store = catalogue.prepare(
-        source, preset=preset, changes=changes, seed=seed, overwrite=overwrite, workers=workers, name=name, say=_aside
+        source,
+        preset=preset,
+        changes=changes,
+        seed=seed,
+        overwrite=overwrite,
+        workers=workers,
+        name=name,
+        address=address,
+        say=_aside,
     )
     typer.echo(catalogue.summary(store))
 
@@ -480,12 +491,24 @@ def cluster_render(
 
 @cluster_app.command("submit", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def cluster_submit(
-    words: Annotated[list[str], typer.Argument(help="What to run there: sweep SPACE --data D …")], address: At = None
+    words: Annotated[list[str], typer.Argument(help="What to run there: sweep SPACE --data D …")],
+    address: At = None,
+    environment: Annotated[
+        list[str] | None, typer.Option("--env", help="NAME=VALUE for the job: MEDSSL_RUNS=s3://bucket/runs.")
+    ] = None,
+    cpus: Annotated[
+        float | None, typer.Option(min=0, help="Cores that the command itself holds; a sweep holds none, its stages do.")
+    ] = None,
+    gpus: Annotated[float, typer.Option(min=0, help="The same in GPUs: `--gpus 1 pretrain simsiam` trains on one.")] = 0.0,
 ) -> None:
-    """Run a command of medssl on the cluster, as a job that outlives this machine. --address comes first."""
+    """Run a command of medssl on the cluster, as a job that outlives this machine. Its own options come first.
+
+    Files below this folder that the command names travel along; data and runs lie where the head's MEDSSL_DATA and MEDSSL_RUNS
+    say, or --env.
+    """
     from medssl.platform import jobs
 
-    typer.echo(jobs.submit(words, address))
+    typer.echo(jobs.submit(words, address, environment or (), cpus, gpus))
 
 
 @cluster_app.command("status")
@@ -506,6 +529,17 @@ def cluster_logs(
     from medssl.platform import jobs
 
     typer.echo(jobs.logs(job, address), nl=False)
+
+
+@cluster_app.command("stop")
+def cluster_stop(
+    job: Annotated[str | None, typer.Argument(help="A job, or the beginning of its name; default: the newest.")] = None,
+    address: At = None,
+) -> None:
+    """End a job. Submitted again, its sweep goes on where it was."""
+    from medssl.platform import jobs
+
+    typer.echo(jobs.stop(job, address))
 
 
 @cluster_app.command("down")

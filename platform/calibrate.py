@@ -2,14 +2,24 @@
 
 One stage runs alone in this process: stages that share a machine may slow each other, and of a stage on several workers
 the share of one is measured, without their communication.
+
+How busy a stage keeps its GPU is told by nvidia-smi's `utilization.gpu`, asked five times a second: the share of time in
+which a kernel runs (https://docs.nvidia.com/deploy/nvidia-smi/). That is what processes share that take turns on a GPU; how
+many of its cores a kernel fills matters to them only under MPS. CUDA events around steps would count the gaps between kernels
+as work, profiling every kernel slows down the host that makes the gaps, and torch.cuda.utilization asks the same by a package
+more. Other processes on that GPU count, too: measure on a free one. On a CPU it is the processor seconds of this process in a
+second, for each core that the stage holds. The part for GPUs has been tested on what nvidia-smi prints, not on a GPU.
 """
 
 import contextlib
 import dataclasses
 import resource
+import shutil
+import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +36,7 @@ from medssl.platform.store import Store
 from medssl.platform.sweep import connected
 
 SECONDS = 5.0  # of training, for each kind of stage: ten for a pretraining and its fine-tuning
+ASKED_EVERY = 200  # milliseconds between two questions to a GPU, which counts over 1/6 s to 1 s
 
 
 class _Enough(Exception):
@@ -55,15 +66,17 @@ def _pace(job: stages.Job, store: Store) -> Pace:
     device = torch.device("cuda" if gpu else "cpu")
     torch.set_num_threads(resources.cpus)
     if gpu:
+        torch.cuda.empty_cache()  # what the last stage has left
         torch.cuda.reset_peak_memory_stats()
     part = _shared(experiment.pretrain if stage.kind == "pretrain" else experiment.finetune, resources.workers)
     network = stages.network(experiment, store.channels, len(store.classes))
     method = find.load("method", part.name).METHOD(stages.trained(part, network), part.settings)
-    step, checkpoint = _step(job, part, method, device)
+    step, checkpoint, busy = _step(job, part, method, device)
     fixed = _scoring(job, method, network, store) if stage.kind == "finetune" else 0.0
     kept = method.transferable_state() if stage.kind == "pretrain" else network.state_dict()
-    memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Pace(step, "calibrated", fixed, float(_bytes(kept)), float(checkpoint), float(memory))
+    # of a GPU what its allocator holds, free or not: no other process can have it
+    memory = torch.cuda.max_memory_reserved() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Pace(step, "calibrated", fixed, float(_bytes(kept)), float(checkpoint), float(memory), busy)
 
 
 def _shared(part: Part | None, workers: int) -> Part:
@@ -74,24 +87,27 @@ def _shared(part: Part | None, workers: int) -> Part:
     return dataclasses.replace(part, training=training)
 
 
-def _step(job: stages.Job, part: Part, method: Any, device: torch.device) -> tuple[float, int]:
-    """Seconds of a step, and the bytes of a checkpoint. The first report, which pays for the start, does not count."""
+def _step(job: stages.Job, part: Part, method: Any, device: torch.device) -> tuple[float, int, float | None]:
+    """Seconds of a step, the bytes of a checkpoint, and how busy the device was: 0 to 1, None where it does not tell.
+
+    The first report, which pays for the start, does not count.
+    """
     assert part.training is not None
     labelled = job.stage.kind == "finetune" or None
     patients = plan.labelled_patients(job.chain.experiment, job.work.split) if labelled else job.work.split.train
     batches = stages._batches(job, part, patients, labelled, 0, 1, device)
     begun = time.perf_counter()
-    reports, sizes = [(0, begun)], [0]
+    reports, sizes = [(0, begun, time.process_time())], [0]
 
     def note(step: int, *_: Any) -> None:
-        reports.append((step, time.perf_counter()))
+        reports.append((step, time.perf_counter(), time.process_time()))
         if reports[-1][1] - begun > SECONDS and len(reports) > 2:
             raise _Enough
 
     def save(state: Any) -> None:
         sizes.append(_bytes(state))
 
-    with contextlib.suppress(_Enough):
+    with utilisation(device) as asked, contextlib.suppress(_Enough):
         loop.train(
             method,
             batches,
@@ -104,8 +120,41 @@ def _step(job: stages.Job, part: Part, method: Any, device: torch.device) -> tup
             report_seconds=0.5,
             save_seconds=0.0,
         )
-    (first, at), (last, until) = reports[1] if len(reports) > 2 else reports[0], reports[-1]
-    return (until - at) / max(last - first, 1), max(sizes)
+    (first, at, worked), (last, until, by) = reports[1] if len(reports) > 2 else reports[0], reports[-1]
+    cores = job.chain.experiment.resources.cpus
+    busy = mean_of(asked, at, until) if device.type == "cuda" else min(1.0, (by - worked) / (until - at) / cores)
+    return (until - at) / max(last - first, 1), max(sizes), busy
+
+
+@contextlib.contextmanager
+def utilisation(device: torch.device) -> Iterator[list[tuple[float, str]]]:
+    """What nvidia-smi says of a GPU while the body runs: (time.perf_counter() when it was heard, line). Nothing of a CPU."""
+    heard: list[tuple[float, str]] = []
+    if device.type != "cuda" or not shutil.which("nvidia-smi"):
+        yield heard
+        return
+    command = ["nvidia-smi", f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}", f"--loop-ms={ASKED_EVERY}"]
+    command += ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as telling:
+        assert telling.stdout is not None
+        hearing = threading.Thread(target=_hear, args=(telling.stdout, heard))
+        hearing.start()
+        try:
+            yield heard
+        finally:
+            telling.terminate()
+            hearing.join()
+
+
+def _hear(lines: Iterable[str], heard: list[tuple[float, str]]) -> None:
+    for line in lines:
+        heard.append((time.perf_counter(), line))  # noqa: PERF401  as they come
+
+
+def mean_of(heard: Sequence[tuple[float, str]], since: float, until: float) -> float | None:
+    """The mean of the percentages heard in that time, as a share; None where there are none (a part of a GPU says [N/A])."""
+    percentages = [float(line) for at, line in heard if since <= at <= until and line.strip().isdigit()]
+    return sum(percentages) / len(percentages) / 100 if percentages else None
 
 
 def _scoring(job: stages.Job, method: Any, network: Any, store: Store) -> float:

@@ -1,7 +1,8 @@
 """Data by name: a data set of platform/datasets/, a prepared set in the data folder, or a folder of scans."""
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from medssl.platform.splits import Split
 from medssl.platform.store import Store
 
 if TYPE_CHECKING:
-    from medssl.platform import quality
+    from medssl.platform import ingest, quality
 
 Say = Callable[[str], None]
 
@@ -43,22 +44,27 @@ def prepare(
     overwrite: bool = False,
     workers: int | None = None,
     name: str | None = None,
+    address: str | None = None,
     say: Say,
 ) -> Store:
-    """Prepare a source under its own or the given name, write down the splits that papers publish of it, and draw one."""
+    """Prepare a source under its own or the given name, write down the splits that papers publish of it, and draw one.
+
+    address   a Ray cluster whose nodes all see the scans and the data folder under the same paths; None: this machine
+    """
     from medssl.platform import ingest, scans
 
     name, source = name or Path(source).name, _known(source)
-    store = ingest.prepare(
-        source,
-        folder(name),
-        preset=preset,
-        changes=changes,
-        workers=workers,
-        overwrite=overwrite,
-        progress=_telling(f"preparing {name}", say),
-        map_unordered=ingest.in_processes,
-    )
+    with _hands(address) as work:
+        store = ingest.prepare(
+            source,
+            folder(name),
+            preset=preset,
+            changes=changes,
+            workers=workers,
+            overwrite=overwrite,
+            progress=_telling(f"preparing {name}", say),
+            map_unordered=work,
+        )
     missing, read = [], scans.folder_of(source)
     if read and (others := scans.left_out(read, preset)):
         say(f"{others} scans left out: the preset is not for their modality; prepare them by --preset ct or mr, and a --name")
@@ -74,6 +80,20 @@ def prepare(
     except UsageError as error:  # too few labelled patients to train on, but enough to be looked at
         say(f"no split drawn: {error}")
     return store
+
+
+@contextlib.contextmanager
+def _hands(address: str | None) -> "Iterator[ingest.MapUnordered]":
+    """How volumes are worked on: in processes of this machine, or by tasks on a cluster."""
+    from medssl.platform import ingest
+
+    if address is None:
+        yield ingest.in_processes
+        return
+    from medssl.platform.sweep import connected
+
+    with connected(address):
+        yield ingest.on_ray
 
 
 def _telling(what: str, say: Say) -> Callable[[int, int, str], None]:

@@ -13,7 +13,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from medssl.platform import find
+from medssl.platform import find, jobs
 from medssl.platform.errors import UsageError
 
 FOLDER = find.ROOT / "platform" / "clusters"
@@ -75,9 +75,11 @@ def _settled(kind: str, changes: Sequence[str]) -> tuple[dict[str, str], dict[st
             raise UsageError(f'-o {change}: no setting "{name}" of {kind}; {find.nearest(name, settings)}')
         else:
             settings[name] = value
-    for name in {"max", "idle", "cpus", "gpus", "nodes"} & settings.keys():
+    for name in sorted({"max", "idle", "cpus", "gpus", "nodes"} & settings.keys()):
         if not settings[name].isdigit():
             raise UsageError(f"-o {name}={settings[name]}: expected a whole number")
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?", settings["name"]):
+        raise UsageError(f"-o name={settings['name']}: expected at most 50 small letters, digits and hyphens")
     return settings, directives
 
 
@@ -99,7 +101,8 @@ def _resource(settings: Mapping[str, str], command: Sequence[str]) -> str:
 
     if not command:
         return head("RayCluster") + _indented(spec, 2)
-    job = f"  entrypoint: {shlex.join(['python', '-m', 'medssl.cli', *command])}\n  shutdownAfterJobFinishes: true\n"
+    words = ["python", "-m", "medssl.cli", *command, *(["--address", "auto"] if jobs.spreads(command) else [])]
+    job = f"  entrypoint: {shlex.join(words)}\n  shutdownAfterJobFinishes: true\n"
     return head("RayJob") + job + f"  ttlSecondsAfterFinished: 60\n  rayClusterSpec:\n{_indented(spec, 4)}"
 
 
@@ -113,7 +116,7 @@ def _slurm(settings: Mapping[str, str], directives: Mapping[str, str | None], co
         raise UsageError("a Slurm job needs its sweep: medssl cluster render slurm -- sweep SPACE …")
     if not re.fullmatch(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}", settings["time"]):
         raise UsageError(f"-o time={settings['time']}: expected minutes, hours:minutes:seconds or days-hours")
-    accounts = [account for account in settings["account"].split(",") if account]
+    accounts = [account for account in settings["account"].replace(" ", "").split(",") if account]
     given: dict[str, str | None] = {"job-name": settings["name"], "dependency": "singleton", "time": settings["time"]}
     if len(accounts) == 1:
         given["account"] = accounts[0]
@@ -127,10 +130,11 @@ def _slurm(settings: Mapping[str, str], directives: Mapping[str, str | None], co
     scratch = "# data are read where they lie; -o scratch=FOLDER copies them to every node first"
     if place := settings["scratch"]:
         scratch = (
-            f'srun --ntasks-per-node=1 bash -c "mkdir -p {place} && cp -r \\"$MEDSSL_DATA\\" {place}/data"\n'
+            f'srun --ntasks-per-node=1 bash -c "mkdir -p {place}/data && cp -ru \\"$MEDSSL_DATA/.\\" {place}/data"\n'
             f"export MEDSSL_DATA={place}/data"
         )
-    filled = {"command": shlex.join(["medssl", *command]), "submit": "\n".join(submit), "scratch": scratch}
+    line = shlex.join(["medssl", *command]) + (' --address "$head:$port"' if jobs.spreads(command) else "")
+    filled = {"command": line, "submit": "\n".join(submit), "scratch": scratch}
     filled["directives"] = "\n".join(f"#SBATCH --{name}{'' if value is None else f'={value}'}" for name, value in given.items())
     filled["prepare"] = settings["prepare"] or "# -o prepare='module load …; source …' goes here"
     return _filled("slurm.sh", {**settings, **filled})

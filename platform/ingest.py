@@ -12,6 +12,9 @@ they were done nor the files they were dealt into change it.
 Memory is bounded by `workers` times the largest volume (`expected_bytes`), and while slices are shuffled by `workers` times
 four PART_BYTES, however many volumes there are: where that does not fit, fewer workers are started, and a volume that does not
 fit alone is refused by name before anything is read.
+
+On a Ray cluster (`data prepare --address`) each volume is a task of one core and that much memory, on any node that sees the
+scans and `out`. A node that dies takes with it what it was at; that is done again elsewhere, and what was done lies in .work.
 """
 
 import contextlib
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 
 PART_BYTES = 64 << 20  # pixels of a slice file before compression
 WORKER_BYTES = 200 << 20  # a worker with its imports and nothing to do
+RETRIES = 3  # of a task on Ray whose machine dies: spot machines do
 MEMORY = 0.8  # of what is free, for all workers together
 
 Item = TypeVar("Item")
@@ -282,18 +286,31 @@ def in_processes(function: Callable[[Item], Result], items: Sequence[Item], work
 
 
 def on_ray(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
-    """Results as they finish, from at most `workers` Ray tasks at a time. The nodes share the file system of `out`."""
+    """Results as they finish, from at most `workers` Ray tasks at a time. The nodes share the file system of `out`.
+
+    A task whose node or process died is done again. Raises RunError when that happens too often.
+    """
     import ray
 
-    task, left = ray.remote(function), iter(items)
-    running = [task.remote(item) for item in islice(left, workers)]
+    remote, left = ray.remote(max_retries=RETRIES)(function), iter(items)
+
+    def begin(item: Item) -> Any:
+        limit = item.limit if isinstance(item, VolumeTask) else None  # the memory that Ray shall find for it
+        return (remote.options(memory=limit + WORKER_BYTES) if limit else remote).remote(item)
+
+    running = [begin(item) for item in islice(left, workers)]
     try:
         while running:
             (done, *_), running = ray.wait(running)
-            running += [task.remote(item) for item in islice(left, 1)]
+            running += [begin(item) for item in islice(left, 1)]
             yield ray.get(done)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
+    except ray.exceptions.RayError as error:
+        why = str(error).splitlines()[0]
+        raise RunError(
+            f"{RETRIES + 1} nodes or processes died over the same work ({why}); prepare again, and it goes on"
+        ) from error
     finally:
         for each in running:
             ray.cancel(each)
@@ -328,7 +345,7 @@ def prepare(
 
     preset           a name in geometry.PRESETS; None: what the data set asks for
     changes          fields of the preset to set otherwise
-    workers          processes or tasks at a time; None: one per core
+    workers          processes or tasks at a time; None: one per core, of the whole cluster where `on_ray` works
     overwrite        prepare anew where `out` holds another preparation; without it that is a UsageError
     map_unordered    how to work in parallel; None: `default_map`
     Raises Problem at the first scan that cannot be used, RunError when the disk is full.
@@ -350,8 +367,8 @@ def prepare(
                 shutil.rmtree(out / ".work", ignore_errors=True)  # of a process that was killed in its last act
                 return store
             (out / "manifest.json").unlink()
-        workers = workers or cores()
-        return assemble(found, out, wanted, workers, progress, map_unordered or default_map(workers))
+        work = map_unordered or default_map(workers or cores())
+        return assemble(found, out, wanted, workers, progress, work)
 
 
 def same(store: Store, source: Source, preset: Preset) -> Store:
@@ -368,13 +385,18 @@ def same(store: Store, source: Source, preset: Preset) -> Store:
     return store
 
 
-def assemble(source: Source, out: Path, preset: Preset, workers: int, progress: Progress, map_unordered: MapUnordered) -> Store:
+def assemble(
+    source: Source, out: Path, preset: Preset, wanted: int | None, progress: Progress, map_unordered: MapUnordered
+) -> Store:
     """Prepare the volumes that are not yet there, deal their slices into files, write the manifest."""
     cases = sorted(source.cases, key=lambda case: case.volume)
     paths = [out / ".work" / f"{source.signature(case, preset)}.arrow" for case in cases]
     caches = corrected_scans(source, cases, out / ".n4", preset)
     missing = [k for k, path in enumerate(paths) if not read_record(path)]
-    fewer, limit = within_memory([cases[k] for k in missing], preset, workers)
+    there = nodes() if map_unordered is on_ray else []
+    workers = wanted or sum(processors for processors, _ in there) or cores()
+    to_do = [cases[k] for k in missing]
+    fewer, limit = within_nodes(to_do, preset, workers, there) if there else within_memory(to_do, preset, workers)
     tasks = [VolumeTask(cases[k], source.info, preset, paths[k], caches[k], limit) for k in missing]
     what = (
         "volumes" if fewer == min(workers, max(len(tasks), 1)) else f"volumes, {fewer} at a time: more exceed the free memory"
@@ -459,17 +481,46 @@ def free_bytes() -> int:
     return free
 
 
+def largest(cases: Sequence[Case], preset: Preset) -> tuple[Case | None, int]:
+    """The case that takes the most memory, and how much."""
+    found, needed = None, 0
+    for case in cases:
+        if (expected := expected_bytes(case, preset)) > needed:
+            found, needed = case, expected
+    return found, needed
+
+
 def within_memory(cases: Sequence[Case], preset: Preset, workers: int) -> tuple[int, int]:
     """How many workers have room for the largest volume each, at most `workers`; and the bytes that each may take.
 
     Raises Problem for a volume that one worker alone has no room for.
     """
     room, workers = int(MEMORY * free_bytes()), max(1, min(workers, len(cases)))
-    largest, needed = None, 0
-    for case in cases:
-        if (expected := expected_bytes(case, preset)) > needed:
-            largest, needed = case, expected
-    if largest is not None and needed > room - WORKER_BYTES:
-        raise too_large(largest, needed, max(room - WORKER_BYTES, 0))
+    case, needed = largest(cases, preset)
+    if case is not None and needed > room - WORKER_BYTES:
+        raise too_large(case, needed, max(room - WORKER_BYTES, 0))
     workers = max(1, min(workers, room // (needed + WORKER_BYTES)))
     return workers, room // workers - WORKER_BYTES
+
+
+def nodes() -> list[tuple[int, int]]:
+    """Cores and memory that Ray may give away on each node of the cluster that this process is connected to.
+
+    Where MEDSSL_CLUSTER promises more nodes these count, and their memory, which it does not say, as a terabyte each.
+    """
+    from medssl.platform import places
+
+    return [(int(node["CPU"]), int(node.get("memory", 1 << 40))) for node in places.machines() if node.get("CPU", 0.0) >= 1]
+
+
+def within_nodes(cases: Sequence[Case], preset: Preset, workers: int, nodes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The same on nodes of (cores, bytes): one worker per core at the most, and none where the largest volume has no room."""
+    case, needed = largest(cases, preset)
+    room = max(memory for _, memory in nodes)
+    if case is not None and needed > room - WORKER_BYTES:
+        raise too_large(case, needed, max(room - WORKER_BYTES, 0))
+    fitting = [(count, memory) for cores, memory in nodes if (count := min(cores, memory // (needed + WORKER_BYTES)))]
+    if not fitting:  # nothing is left to do
+        return 1, 0
+    most = sum(count for count, _ in fitting)
+    return max(1, min(workers, len(cases), most)), min(memory // count for count, memory in fitting) - WORKER_BYTES

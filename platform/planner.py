@@ -6,6 +6,7 @@ follow from placing whole chains, in the order of the sweep, on as many places a
 imports torch, and ray only to ask a cluster that was named.
 """
 
+import functools
 import heapq
 import json
 import math
@@ -88,6 +89,7 @@ class Pace:
     stored: float | None = None  # bytes that a finished stage keeps
     running: float | None = None  # bytes of the checkpoint that a stage has while it runs
     memory: float | None = None  # bytes at the most
+    busy: float | None = None  # share of the time in which it keeps its GPU, or the cores that it holds, at work
 
     def seconds(self, steps: int) -> float:
         return steps * self.step + self.fixed
@@ -190,6 +192,7 @@ class Estimate:
     stages: int
     unknown: tuple[str, ...]  # what no pace is known of
     peak: float  # bytes of memory that a stage takes at the most, where that was measured
+    busy: float | None  # share of the stages' time in which they keep their device at work; None where one was not measured
     seconds: float  # from start to end
     worker_seconds: float  # of all workers together
     stored: float  # bytes that finished stages will keep
@@ -214,6 +217,7 @@ def estimate(
     unknown: dict[str, None] = {}
     known: dict[str, list[Pace]] = {}
     stages, workers, stored, running = 0, 0.0, 0.0, [0.0]
+    took, at_work = 0.0, 0.0
     for chain in sorted(chains, key=lambda chain: chain.index):  # repeats go round all arms
         seconds = 0.0
         for stage in chain.stages:
@@ -226,14 +230,17 @@ def estimate(
                 unknown[what] = None
                 continue
             known.setdefault(what, []).append(pace)
-            seconds += pace.seconds(stage.steps - begun.get(stage.id, 0))
+            left = pace.seconds(stage.steps - begun.get(stage.id, 0))
+            seconds += left
+            took, at_work = took + left, at_work + left * (math.nan if pace.busy is None else pace.busy)
             stored += pace.stored or 0.0
             running.append(pace.running or 0.0)
         workers += seconds * chain.experiment.resources.workers
         heapq.heapreplace(slots, slots[0] + seconds)
     words = tuple(f"{what}: {_rate(some)}" for what, some in known.items())
     peak = max((pace.memory or 0.0 for some in known.values() for pace in some), default=0.0)
-    return Estimate(stages, tuple(unknown), peak, max(slots), workers, stored, at_once * max(running), words)
+    busy = at_work / took if took and math.isfinite(at_work) else None
+    return Estimate(stages, tuple(unknown), peak, busy, max(slots), workers, stored, at_once * max(running), words)
 
 
 def _estimated(chains: Sequence[Chain], site: Site, paces: Paces, device: str | None, at_once: int) -> Estimate:
@@ -261,7 +268,9 @@ def _rate(paces: Sequence[Pace]) -> str:
     span = "" if rates[0] == rates[-1] else f"{rates[0]:.3g} to "
     sources = "; ".join(dict.fromkeys(pace.source for pace in paces))
     most = max((pace.memory or 0.0) for pace in paces)
-    return f"{span}{rates[-1]:.3g} steps/s ({sources})" + (f", at most {_size(most)} of memory" if most else "")
+    busy = [pace.busy for pace in paces if pace.busy is not None]
+    words = f"{span}{rates[-1]:.3g} steps/s ({sources})" + (f", at most {_size(most)} of memory" if most else "")
+    return words + (f", busy {max(busy):.0%} of the time" if busy else "")
 
 
 def noise(site: Site, store: Store, split: Split, metric: str) -> tuple[Components, int] | None:
@@ -334,27 +343,34 @@ def describe(
     machines = f"{hands.machines} machine{'s' if hands.machines > 1 else ''}, {hands.cpus:g} CPUs, {hands.gpus:g} GPUs"
     lines.append(f"hours    {_clock(found.seconds)} with {at_once} at a time ({machines}); {held}{beside}")
     if on_gpu:
-        lines += packing(found.peak, hands, resources)
+        lines += packing(found.peak, found.busy, hands, resources)
     if price is not None:
         lines.append(f"money    {hours * hands.machines * price:,.2f} at {price:g} per machine and hour{beside}")
     lines.append(f"storage  {_size(found.stored)} to keep, {_size(found.running)} more while stages run{beside}")
     return lines
 
 
-def packing(peak: float, hands: Hands, resources: Resources) -> list[str]:
+def packing(peak: float, busy: float | None, hands: Hands, resources: Resources) -> list[str]:
     """The line that proposes how many one-worker stages share a GPU, from the memory that one was measured to take.
 
-    Nothing where stages do not share, or say already how; how busy a stage keeps the GPU is not known and left to the user.
+    busy   share of its time in which a stage alone keeps the GPU at work, as measured; None: left to the user, as the line says
+    Nothing where stages do not share, or say already how.
     """
     if not peak or not hands.gpus or hands.memory is None or resources.workers > 1 or resources.gpus is not None:
         return []
-    share = places.fraction(peak, hands.memory, cpus=resources.cpus, cores=hands.cpus, gpus=int(hands.gpus), busy=0.0)
-    if share == 1:
-        return []
-    return [
-        f"packing  -o resources.gpus={share:g}: {int(1 / share + 1e-9)} stages of {_size(peak)} find place on each GPU of "
-        f"{_size(hands.memory)}; worth it while one stage keeps the GPU less than half busy"
-    ]
+    room = functools.partial(places.fraction, peak, hands.memory, cpus=resources.cpus, cores=hands.cpus, gpus=int(hands.gpus))
+    share = room(busy=busy or 0.0)
+    if share < 1:
+        when = "worth it while one stage keeps the GPU less than half busy"
+        if busy is not None:
+            when = f"alone, one was measured to keep it {busy:.0%} busy"
+        return [
+            f"packing  -o resources.gpus={share:g}: {int(1 / share + 1e-9)} stages of {_size(peak)} find place on each GPU of "
+            f"{_size(hands.memory)}; {when}"
+        ]
+    if busy is not None and room(busy=0.0) < 1:
+        return [f"packing  none: a stage of {_size(peak)} leaves room, but was measured to keep its GPU {busy:.0%} busy"]
+    return []
 
 
 def _clock(seconds: float) -> str:

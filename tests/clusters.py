@@ -262,6 +262,64 @@ def sweep_loses_its_head() -> None:
     assert before.items() <= finished().items()
 
 
+# Preparing volumes
+
+
+def volumes_lose_a_node() -> None:
+    """Eight volumes on two nodes of one core: one driver gives up on its way, the next loses a node, and little is redone."""
+    from medssl.platform import catalogue, ingest
+
+    begun, expected = HERE / "begun", json.loads((HERE / "data" / "tiny" / "manifest.json").read_text())["content_hash"]
+    whole = ingest.ingest_volume
+
+    def slowly(task: ingest.VolumeTask) -> None:
+        import ray
+
+        with begun.open("a") as file:
+            file.write(f"{task.case.volume} {ray.get_runtime_context().get_node_id()}\n")
+        time.sleep(0.5)
+        whole(task)
+
+    ingest.ingest_volume = slowly
+    again = {"changes": {"spacing_mm": (12.0, 12.0, 24.0), "pad": 32}, "name": "again"}
+
+    def prepare(hear: Callable[[str], None]) -> Any:
+        return catalogue.prepare(str(HERE / "scans" / "tiny"), **again, address=made.address, say=hear)
+
+    def starts() -> list[list[str]]:
+        return [line.split() for line in begun.read_text().splitlines()] if begun.exists() else []
+
+    def done() -> int:
+        return len(list((HERE / "data" / "again" / ".work").glob("*.arrow")))
+
+    with cluster(1, 1) as made:
+
+        def give_up(text: str) -> None:
+            if "1 of 8" in text:
+                raise KeyboardInterrupt
+
+        catalogue._telling = lambda what, say: lambda count, total, of: say(f"{count} of {total}")
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare(give_up)
+        wait_for(lambda: done() >= 1)
+        time.sleep(1.0)  # what was being prepared then is prepared or dropped
+        kept, before = done(), len(starts())
+        assert before <= 4, "two at a time"
+        heard: list[str] = []
+
+        def lose() -> None:
+            wait_for(lambda: len(starts()) >= before + 3)
+            lost = starts()[-1][1]
+            made.remove_node(next(node for node in made.worker_nodes if node.node_id == lost), allow_graceful=False)
+
+        with beside(lose):
+            store = prepare(heard.append)
+    assert int(heard[0].split()[0]) >= kept >= 1, "what the first had prepared stays"
+    assert store.content_hash == expected
+    assert len({node for _, node in starts()}) == 2, "on both nodes"
+    assert len(starts()) - before <= 8 - kept + 1, "the lost node took the one volume that it was at"
+
+
 # Autoscaling
 
 

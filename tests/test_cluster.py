@@ -152,6 +152,11 @@ def test_a_sweep_whose_head_died_finds_all_that_was_finished_on_the_next_cluster
 
 
 @pytest.mark.slow
+def test_volumes_are_prepared_on_all_nodes_and_a_lost_one_takes_only_what_it_was_at(sweeping):
+    sweeping("volumes_lose_a_node")
+
+
+@pytest.mark.slow
 def test_waiting_stages_bring_nodes_up_and_idle_ones_leave_until_none_is_left(sweeping):
     sweeping("cluster_grows_and_shrinks")
 
@@ -210,9 +215,16 @@ def test_small_stages_share_a_gpu_as_far_as_memory_cores_and_kernels_allow():
         together = int(1 / share + 1e-9)
         assert together == 1 or together * (peak + places.CONTEXT) <= places.MOST * 24 * gb
     hands = planner.Hands(16, 2, 1, "a GPU", 24 * gb)
-    (line,) = planner.packing(2 * gb, hands, Resources(cpus=2))
+    (line,) = planner.packing(2 * gb, None, hands, Resources(cpus=2))
     assert "-o resources.gpus=0.25: 4 stages of 2 GB find place on each GPU of 24 GB" in line
+    assert "worth it while one stage keeps the GPU less than half busy" in line, "nobody has measured it"
+    (line,) = planner.packing(2 * gb, 0.3, hands, Resources(cpus=2))
+    assert "-o resources.gpus=0.3333: 3 stages" in line
+    assert "keep it 30% busy" in line
+    (line,) = planner.packing(2 * gb, 0.7, hands, Resources(cpus=2))
+    assert "none: a stage of 2 GB leaves room, but was measured to keep its GPU 70% busy" in line
+    assert planner.packing(20 * gb, 0.7, hands, Resources(cpus=2)) == [], "nor would there be room"
     assert places.share(Resources(cpus=2, gpus=0.25), machines(1, 16, 2))[1] == 8
-    assert planner.packing(2 * gb, hands, Resources(cpus=2, gpus=1.0)) == [], "who has said it is not told"
+    assert planner.packing(2 * gb, None, hands, Resources(cpus=2, gpus=1.0)) == [], "who has said it is not told"
     with pytest.raises(UsageError, match=r"needs 30.6 GB, the GPU has 24.0; lower training.batch"):
         places.fraction(30 * gb, 24 * gb)

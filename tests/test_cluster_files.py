@@ -102,7 +102,7 @@ def test_kuberay_accepts_the_cluster_and_the_job(command, schema):
     mounted = {mount["name"] for mount in workers["template"]["spec"]["containers"][0]["volumeMounts"]}
     assert mounted == {volume["name"] for volume in workers["template"]["spec"]["volumes"]}
     if command:
-        assert whole["spec"]["entrypoint"].endswith("sweep iou-interval --data acdc")
+        assert whole["spec"]["entrypoint"].endswith("sweep iou-interval --data acdc --address auto")
         assert whole["spec"]["shutdownAfterJobFinishes"], "it ends with its sweep"
 
 
@@ -128,13 +128,43 @@ def test_a_slurm_script_is_bash_and_its_directives_are_sbatchs(tmp_path):
     assert "account" not in found
     assert "for account in one two; do sbatch --account=$account" in script
     assert found["dependency"] == "singleton", "jobs follow each other: one driver at a time"
-    assert "cp -r" in script
     file = tmp_path / "sweep.sbatch"
     file.write_text(script)
     subprocess.run(["bash", "-n", file], check=True)
     last = script.splitlines()[-1]
     assert last == "medssl sweep iou-interval --data acdc -o 'pretrain.iou=[0, 1]' --address \"$head:$port\""
     assert directives(cluster.render("slurm", ["account=one", "gpus=0"], SWEEP))["account"] == "one"
+
+
+def test_a_slurm_script_starts_ray_once_on_every_node_and_then_its_command(tmp_path):
+    """Played with programs that only write down how they were called; the second look finds both nodes up."""
+    said = tmp_path / "said"
+    for name in ("ray", "medssl"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {said}\n')
+    (tmp_path / "srun").write_text(
+        f'#!/bin/sh\necho "srun $*" >> {said}\nwhile [ "${{1#--}}" != "$1" ]; do shift; done; "$@"\n'
+    )
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho up >> {said}\ngrep -c up {said}\n")
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    for name in ("ray", "medssl", "srun", "python", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data" / "slices").write_text("pixels")
+    changes = ["nodes=2", "cpus=6", "gpus=2", f"scratch={tmp_path}/$SLURM_JOB_ID", "prepare=echo $not_set > /dev/null"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "25", "SLURM_JOB_NUM_NODES": "2"}
+    environment |= {"SLURMD_NODENAME": "n1", "MEDSSL_DATA": "my data"}
+    for _ in range(2):  # the second job of a sweep copies nothing into the copy of the first
+        said.write_text("")
+        script = cluster.render("slurm", changes, (*SWEEP, "-o", "pretrain.iou=[0, 1]"))
+        subprocess.run(["bash", "-c", script], check=True, cwd=tmp_path, env=environment)
+    assert [file.name for file in (tmp_path / "25" / "data").iterdir()] == ["slices"]
+    calls = said.read_text().splitlines()
+    head = next(re.search("--node-ip-address=(\\S+)", call) for call in calls if call.startswith("ray start --head"))[1]
+    assert "--num-cpus=6 --num-gpus=2" in calls[1]
+    srun = next(call for call in calls if "ray start --address" in call and call.startswith("srun"))
+    assert {"--nodes=1", "--cpus-per-task=6", "--exclude=n1", f"--address={head}:20025"} <= set(srun.split())
+    assert calls[-1] == f"medssl sweep iou-interval --data acdc -o pretrain.iou=[0, 1] --address {head}:20025"
+    assert "--address" not in cluster.render("slurm", [], ("pretrain", "simsiam")).splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +177,7 @@ def test_a_slurm_script_is_bash_and_its_directives_are_sbatchs(tmp_path):
         ("slurm", ["sbatch.cpu-per-task=3"], SWEEP, r"no such directive; did you mean cpus-per-task\?"),
         ("slurm", ["time=soon"], SWEEP, "time=soon: expected"),
         ("slurm", [], (), "needs its sweep"),
+        ("slurm", ["name=my sweep"], SWEEP, "name=my sweep: expected at most 50 small letters"),
         ("kubernetes", ['image=x"y'], (), "neither quotes"),
     ],
 )

@@ -5,7 +5,9 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,6 +82,48 @@ def test_chains_stay_whole_and_go_where_a_place_is_free_first(site):
     assert (estimate.seconds, estimate.worker_seconds, estimate.stages) == (200.0, 300.0, 3)
     begun = {found[0].stages[0].id: 60}
     assert planner.estimate(found, (), begun, lambda stage, experiment: Pace(1.0, ""), at_once=3).worker_seconds == 240.0
+
+
+def test_how_busy_a_sweep_keeps_its_devices_is_the_mean_over_the_time_of_its_stages(site):
+    found = chains(k=2, m=2)  # 2 pretrainings of 100 steps, 4 fine-tunings of 10
+    told = {"pretrain": Pace(1.0, "", busy=0.9), "finetune": Pace(0.5, "", fixed=5.0, busy=0.3)}
+    seconds = {"pretrain": 2 * 100 * 1.0, "finetune": 4 * (10 * 0.5 + 5.0)}
+    estimate = planner.estimate(found, (), {}, lambda stage, experiment: told[stage.kind], at_once=2)
+    assert estimate.busy == pytest.approx((0.9 * seconds["pretrain"] + 0.3 * seconds["finetune"]) / sum(seconds.values()))
+    half = told | {"finetune": Pace(0.5, "")}
+    assert planner.estimate(found, (), {}, lambda stage, experiment: half[stage.kind], at_once=2).busy is None
+    small = Hands(16, 2, 1, "a GPU", 24e9)
+    measured = {kind: Pace(1.0, "calibrated", memory=2e9, busy=0.25) for kind in ("pretrain", "finetune")}
+    known = {planner.keys(kind, found[0].experiment.tree())[1]: pace for kind, pace in measured.items()}
+    words = lines(site, found, hands=small, calibrated=known)
+    assert "busy 25% of the time" in words["pace"]
+    assert "-o resources.gpus=0.25: 4 stages of 2 GB" in words["packing"]
+
+
+def test_what_a_gpu_says_of_itself_is_heard_while_the_body_runs_and_its_mean_is_taken(tmp_path, monkeypatch):
+    """By a program that says what nvidia-smi is documented to say: percent, or [N/A] of a part of a GPU."""
+    import torch
+
+    from medssl.platform import calibrate
+
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "$*" > "$0.asked"\nfor n in 40 50 60 "[N/A]"; do echo "$n"; done\nexec sleep 60\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab"))
+    begun = time.perf_counter()
+    with calibrate.utilisation(torch.device("cuda")) as heard:
+        while len(heard) < 4:
+            time.sleep(0.01)
+    assert time.perf_counter() - begun < 30, "it was ended with the body"
+    asked = program.with_suffix(".asked").read_text()
+    assert "--id=GPU-12ab" in asked
+    assert "--query-gpu=utilization.gpu" in asked
+    assert calibrate.mean_of(heard, begun, time.perf_counter()) == pytest.approx(0.5)
+    assert calibrate.mean_of([(0.0, "100"), (1.0, "20\n"), (2.0, "30\n"), (3.0, "100")], 0.5, 2.5) == pytest.approx(0.25)
+    assert calibrate.mean_of([(1.0, "[N/A]\n")], 0.0, 2.0) is None
+    with calibrate.utilisation(torch.device("cpu")) as heard:
+        assert heard == []
 
 
 def test_a_pretraining_that_two_arms_share_is_counted_once(site):

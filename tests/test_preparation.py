@@ -501,6 +501,28 @@ def test_fewer_workers_are_started_where_memory_is_short_and_what_fits_nowhere_i
         ingest.ingest_volume(ingest.VolumeTask(case, DataInfo("d", ("a", "b"), preset="mr"), PRESETS["mr"], None, limit=1000))
 
 
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cases", "expected", "each"),
+    [
+        ([(4, 100), (4, 100)], 99, 50, 8, 25),  # a worker per core
+        ([(4, 24), (8, 100)], 99, 50, 2 + 8, 12),  # the small node has room for two of 11
+        ([(4, 10), (2, 100)], 99, 50, 2, 50),  # the head has no room for one: none is sent there
+        ([(4, 100), (4, 100)], 3, 50, 3, 25),
+        ([(4, 100), (4, 100)], 99, 5, 5, 25),
+    ],
+)
+def test_every_node_is_given_as_many_volumes_at_a_time_as_its_cores_and_memory_allow(
+    nodes, workers, cases, expected, each, monkeypatch
+):
+    unit = ingest.WORKER_BYTES  # the largest volume takes 10 of them, and its worker 1
+    monkeypatch.setattr(ingest, "largest", lambda some, preset: ("the case", 10 * unit))
+    there = [(cores, memory * unit) for cores, memory in nodes]
+    count, limit = ingest.within_nodes(range(cases), PRESETS["mr"], workers, there)
+    assert (count, limit) == (expected, each * unit - unit)
+    for cores, memory in there:  # what Ray is asked for never exceeds what a node has
+        assert min(cores, memory // (limit + unit)) * (limit + unit) <= memory
+
+
 def test_the_time_left_is_reckoned_from_what_this_run_has_done(monkeypatch):
     now, lines = [100.0], []
     monkeypatch.setattr(catalogue.time, "monotonic", lambda: now[0])

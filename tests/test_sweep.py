@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -263,6 +264,9 @@ def test_a_calibrated_plan_has_hours_and_money_and_leaves_nothing_behind(here, m
     text = sweep.dry_run(request(), say=print, price=2.0, calibrate=True)
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert "steps/s (calibrated)" in lines["pace"]
+    busy = [float(word) for word in re.findall(r"busy (\d+)% of the time", text)]
+    assert busy, "how busy a stage keeps its core"
+    assert all(0 < percent <= 100 for percent in busy)
     assert "unknown" not in text
     assert float(lines["hours"].split()[-2]) > 0
     assert "per machine and hour" in lines["money"]
