@@ -567,7 +567,7 @@ def _fit(
     import ray
     from ray import tune
 
-    from medssl.platform import search, watch
+    from medssl.platform import search, train, watch
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     shared_by_all = sweep.experiment({})
@@ -609,6 +609,8 @@ def _fit(
     probing = pretrain is not None and getattr(pretrain.training, "probes", 0) > 0
     share, at_once = places.share(resources, places.machines())
     meter.places(at_once)
+    if resources.elastic:
+        train.count_places_here()
     shared = _copy(sweep.store, sweep.split)
     if places.planned():  # trials would take every core that comes up, and wait `PATIENCE` for a copy that needs one
         ray.wait([shared], fetch_local=False)

@@ -81,6 +81,17 @@ def launch(
     return result
 
 
+def count_places_here() -> None:
+    """Start Ray's account of places on this machine, the driver's.
+
+    Else it lives where the first group was asked for, and dies with that machine; a group that may change asks it how large
+    it can be, and would wait for its answer for ever (Ray 2.60, `default_autoscaling_coordinator.py`: hard node affinity).
+    """
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as account
+
+    account.get_or_create_autoscaling_coordinator()
+
+
 def _worker(config: dict[str, Any]) -> Any:
     """One process of the group, as Ray Train starts it.
 

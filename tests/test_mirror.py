@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from medssl.platform import catalogue, checkpoint, ledger, loop, mirror, plan, single, stages
 from medssl.platform.datasets import phantom
@@ -250,6 +251,31 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("MEDSSL_DATA", str(data))
         catalogue.prepare(str(source), changes={"spacing_mm": (12.0, 12.0, 24.0), "pad": 32}, workers=1, say=lambda text: None)
     return data
+
+
+def test_a_group_that_may_change_keeps_its_sizes_and_its_uploads_though_one_worker_is_left_of_it(
+    machines, scans, monkeypatch, tmp_path
+):
+    """As Ray Train calls that one; before it there were two, from step 0 and again from step 4."""
+    one, two = machines
+    monkeypatch.setenv("MEDSSL_DATA", str(scans))
+    tree = {"pretrain": {"name": "simsiam"}}
+    overrides = [*SMALL, "resources.workers=2", "resources.min_workers=1", "finetune.training.batch=4"]
+    experiment, store, split = single._experiment("tiny", [], overrides, tree, lambda text: None)
+    chain = plan.chain("arm", 0, 0, experiment, store, split)
+    job = stages.Job(chain, chain.pretraining, stages.Work(one, store.root, split))
+    job.folder.mkdir(parents=True)
+    sizes = job.folder / "workers.json"
+    stages._note_size(sizes, 0, 2)
+    stages._note_size(sizes, 4, 2)
+    done = stages._tracked(job, 0, 1, torch.device("cpu"))
+    assert done["workers"] == [{"step": 0, "workers": 1}], "without a checkpoint it began anew"
+    assert two.mirror
+    assert "simsiam" in two.mirror._list(f"stages/{job.stage.id}")[0].path, "where the process that finishes it can find it"
+    stages._note_size(sizes, 4, 2)
+    stages._note_size(sizes, 7, 1)
+    stages._note_size(sizes, 7, 2)
+    assert json.loads(sizes.read_text()) == [{"step": at, "workers": count} for at, count in ((0, 1), (4, 2), (7, 2))]
 
 
 def test_a_chain_that_three_machines_share_ends_as_on_one(uri, scans, tmp_path, monkeypatch):
