@@ -52,6 +52,9 @@ def launch(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    group: dict[str, Any] = {"num_workers": workers}
+    if least is not None and least < workers:
+        group = {"num_workers": (least, workers), "elastic_resize_monitor_interval_s": GROWING}
     folder = folder.resolve()
     given_up = folder / f"{name}.error"
     given_up.unlink(missing_ok=True)
@@ -66,10 +69,7 @@ def launch(
         },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers if least in (None, workers) else (least, workers),
-            elastic_resize_monitor_interval_s=GROWING,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            use_gpu=gpu, resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpu else {})}, **group
         ),
         run_config=RunConfig(name=name, storage_path=str(folder), failure_config=FailureConfig(max_failures=MAX_FAILURES)),
     )
