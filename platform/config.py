@@ -19,6 +19,7 @@ never imported here.
 import dataclasses
 import hashlib
 import json
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -79,9 +80,10 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What only moves work around. `workers` alone enters a stage's hash: each worker draws its own views."""
+    """What only moves work around. Of it the number of workers alone enters a stage's hash: each worker draws its own views."""
 
     workers: int = 1  # data-parallel processes of one stage
+    min_workers: int | None = None  # with which a stage begins, or goes on where machines die, while there is no place for all
     cpus: int = 1  # cores of each worker
     gpus: float | None = None  # GPUs of each worker, fractions share one; None: one where the cluster has GPUs, else none
     checkpoint_seconds: float = 60.0  # between two checkpoints
@@ -91,6 +93,23 @@ class Resources:
     def __post_init__(self) -> None:
         if self.workers < 1 or self.cpus < 1 or self.retries < 0 or (self.gpus or 0) < 0:
             raise ValueError("workers and cpus are at least 1, gpus and retries at least 0")
+        if not 1 <= self.least <= self.workers:
+            raise ValueError(f"min_workers is {self.least}: expected at least 1 and at most workers, which is {self.workers}")
+
+    @property
+    def least(self) -> int:
+        """Workers without which a stage does not run."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change on the way."""
+        return self.least < self.workers
+
+    @property
+    def shares(self) -> int:
+        """The number of which a batch must be a multiple, so that every group of `least` to `workers` can share it."""
+        return math.lcm(*range(self.least, self.workers + 1))
 
 
 @dataclass(frozen=True)

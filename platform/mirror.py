@@ -4,16 +4,26 @@
     URI/stages/<stage>/…           its files; of one that runs also its last checkpoint but one every `EVERY` seconds
     URI/scores/<stage>.parquet     as in a local store
     URI/sweeps/<sweep>/…           the question, its arms, the study, the leaderboards
+    URI/claims/<name>@…            who works on a stage or a sweep, renewed every `BEAT` seconds
 
 Any filesystem that PyArrow opens: s3://, gs://, file://, hdfs://. Object stores show an object whole or not at all; elsewhere a
-file is moved into its place. Locks do not reach over the network: where two machines need one pretraining at the same time,
-both do it and leave the same, which costs what waiting for the other would have cost. Credentials are those of the machine.
+file is moved into its place. Credentials are those of the machine.
+
+No such store can create a file only where there is none, so a claim is laid in two moves: say that one wants it, wait `SETTLE`
+seconds for whoever says so at the same time, and take it if nobody has it and one's own name is the first of those who want
+it. That relies on listings that show what was written before, as those of S3, GCS and file systems do, and on writes that
+take less than `SETTLE`: where one takes longer, or a machine that stood still for `EXPIRES` wakes up, two may do one stage.
+They leave the same, so it costs time and nothing else. Of clocks only the store's counts.
 """
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +36,10 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 EVERY = 120.0  # seconds between two uploads of a running stage: what a machine that dies can lose, and its checkpoint
+BEAT = 20.0  # seconds between two signs of life of a claim
+EXPIRES = 90.0  # seconds without one after which it is void: what a machine that dies keeps others waiting
+SETTLE = 1.0  # seconds: more than a write takes
+AGAIN = 5.0  # seconds between two looks whether a stage that another machine claims is done
 AT_ONCE = 8  # files on their way
 LIGHT = ("run.json", "done.json", "log.txt", "probe.json", "progress.json")  # what listings and leaderboards read of a stage
 OWN = (".lock", "study.db-journal")  # of one machine
@@ -104,6 +118,70 @@ class Mirror:
                 wanted += [entry for entry in entries if Path(entry.path).name in LIGHT]
         wanted += [entry for entry in self._list("sweeps", recursive=True) if self._newer(entry)]
         self._pull(sorted(wanted, key=_last))
+
+    # Claims
+
+    @contextlib.contextmanager
+    def claimed(self, name: str) -> Iterator[bool]:
+        """Try to be the only machine that works on `name`, as the body runs: yields whether this one is.
+
+        For one process per machine: those that share `runs` have a lock for that, and what they left, killed, is void.
+        """
+        files, root = self._opened
+        wants, has = (f"{root}/claims/{name}@{self._machine}.{what}" for what in ("wants", "has"))
+        try:
+            self._put(b"{}", wants)
+            alone = self._first(name, wants)
+            if alone:
+                time.sleep(SETTLE)
+                alone = self._first(name, wants)
+            if not alone:
+                yield False
+                return
+            self._put(b"{}", has)
+            with self._renewed(has):
+                yield True
+        finally:
+            for path in (wants, has):
+                with contextlib.suppress(OSError):
+                    files.delete_file(path)
+
+    @functools.cached_property
+    def _machine(self) -> str:
+        """A name of the local folder, which is what processes of one machine share."""
+        file = self.runs / ".machine"
+        if not file.exists():
+            atomic.write_text(file, uuid.uuid4().hex)
+        return file.read_text()
+
+    def _first(self, name: str, own: str) -> bool:
+        """Whether no other machine has `name`, and this one, which has just said at `own` that it wants it, is the first to."""
+        others = {entry.path: entry for entry in self._list("claims") if Path(entry.path).name.startswith(f"{name}@")}
+        mine = others.pop(own, None)
+        for path in [path for path in others if path.startswith(own.removesuffix("wants"))]:
+            del others[path]  # of a process of this machine that was killed
+        if mine is None:
+            return False  # somebody has cleared it away
+        alive = [path for path, entry in others.items() if (mine.mtime_ns - entry.mtime_ns) / 1e9 < EXPIRES]
+        return not any(path.endswith(".has") or (path.endswith(".wants") and path < own) for path in alive)
+
+    @contextlib.contextmanager
+    def _renewed(self, path: str) -> Iterator[None]:
+        """A sign of life at `path` every `BEAT` seconds, as long as the body runs."""
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(BEAT):
+                with contextlib.suppress(RunError):  # the next one may come through
+                    self._put(b"{}", path)
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     # Files there and here
 

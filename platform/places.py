@@ -52,10 +52,10 @@ def share(resources: Resources, cluster: Sequence[Machine]) -> tuple[dict[str, f
         gpus = float(math.ceil(gpus))  # workers of one stage cannot share a GPU: NCCL refuses
     need = {"CPU": float(resources.cpus), "GPU": gpus}
     workers = sum(_fitting(need, one) for one in cluster)
-    at_once = workers // resources.workers
+    at_once = workers // resources.workers or int(workers >= resources.least)
     if at_once < 1:
         wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items() if amount)
-        each = f"{resources.workers} workers of {wanted} each" if resources.workers > 1 else wanted
+        each = f"{resources.least} workers of {wanted} each" if resources.least > 1 else wanted
         has = " and ".join(f"{sum(one.get(kind, 0.0) for one in cluster):g} {kind}" for kind in need)
         raise UsageError(
             f"a stage needs {each}, the cluster has {has} on {len(cluster)} machine{'s' if len(cluster) != 1 else ''}; "

@@ -116,6 +116,7 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
         part and _resolved_pretraining(section, part, experiment, volumes)
         for section, part in (("pretrain", experiment.pretrain), ("further", experiment.further))
     )
+    _refuse_shares(experiment)
     _refuse_probes(experiment, store, split)
     _refuse_cycle(experiment, store)
     unlabelled = _resolved_unlabelled(experiment, store, split)
@@ -172,7 +173,7 @@ def composed(part: Part) -> int:
 def _refuse_composed(section: str, part: Part, experiment: Experiment) -> None:
     assert part.training is not None
     count, batch = composed(part), part.training.batch
-    whole = count * experiment.resources.workers * part.training.accumulate
+    whole = count * experiment.resources.shares * part.training.accumulate
     if batch % whole:
         raise UsageError(
             f"{section}.training.batch={batch}: {part.name} composes a batch of volumes x {count} partitions, for each worker "
@@ -196,7 +197,7 @@ def _resolved_unlabelled(experiment: Experiment, store: Store, split: Split) -> 
             f"hooks ({names}) learn from training patients beyond data.labelled, and split {split.name} has none left; "
             f"set data.labelled below {len(split.train)}, or leave the hooks out"
         )
-    batch, parts = unlabelled.batch or training.batch, experiment.resources.workers * training.accumulate
+    batch, parts = unlabelled.batch or training.batch, experiment.resources.shares * training.accumulate
     if batch % parts:
         raise UsageError(f"unlabelled.batch={batch} cannot be shared by workers and micro-batches; use a multiple of {parts}")
     return dataclasses.replace(unlabelled, batch=batch)
@@ -354,6 +355,20 @@ def _called(size: Size) -> str:
     return "slice" if len(size) == 2 else "volume"
 
 
+def _refuse_shares(experiment: Experiment) -> None:
+    """Every group of workers that a stage may come to have can share its batches."""
+    resources = experiment.resources
+    for section in ("pretrain", "further", "finetune") if resources.workers > 1 else ():
+        part: Part | None = getattr(experiment, section)
+        training = part.training if part else None
+        if training and training.batch % (whole := resources.shares * training.accumulate):
+            groups = f"{resources.least} to {resources.workers}" if resources.elastic else resources.workers
+            raise UsageError(
+                f"{section}.training.batch={training.batch} cannot be shared by {groups} workers with "
+                f"{section}.training.accumulate={training.accumulate}; use a multiple of {whole}, or other resources.workers"
+            )
+
+
 def _refuse_probes(experiment: Experiment, store: Store, split: Split) -> None:
     tuned = experiment.finetune.training
     if tuned and tuned.probes:
@@ -507,7 +522,9 @@ def _given(start: Start, found: Origin | None) -> list[Any]:
 def _common(experiment: Experiment, store: Store) -> list[Any]:
     """What decides the result of either kind of stage."""
     tree = experiment.tree()
-    order = [tree["resources"]["workers"], tree["data"]["stream"] == "ray"]  # who sees which slice when
+    resources = experiment.resources
+    group: Any = [resources.least, resources.workers] if resources.elastic else resources.workers
+    order = [group, tree["data"]["stream"] == "ray"]  # who sees which slice when
     return [RESULTS_VERSION, store.content_hash, tree["network"], *order]
 
 

@@ -6,9 +6,11 @@
     runs/sweeps/<space>-<set>-<hash>/  sweep.json, study.db, arms.json, spending.json, leaderboard.*, log.txt
 
 MEDSSL_RUNS may be the URI of a store that all machines reach (`mirror.py`); runs/ is then a local copy under MEDSSL_CACHE.
-A stage is finished when its done.json exists; it is written last. The folder's lock belongs to the process that works on it.
+A stage is finished when its done.json exists; it is written last. The folder's lock belongs to the process that works on it,
+and so does a claim in the store where machines share one.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -16,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,16 @@ class Site:
         """Let other machines see a sweep's folder."""
         if self.mirror:
             self.mirror.push(sweep)
+
+    @contextlib.contextmanager
+    def owned(self, folder: Path) -> Iterator[bool]:
+        """Try to own the folder of a stage or a sweep, among all processes of all machines: yields whether this one does."""
+        with atomic.owned(folder) as mine:
+            if not (mine and self.mirror):
+                yield mine
+                return
+            with self.mirror.claimed(folder.name) as alone:
+                yield alone
 
     def stage(self, identity: str) -> Path:
         return self.runs / "stages" / identity

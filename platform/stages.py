@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -130,18 +131,27 @@ def fulfil(job: Job, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
 
     hear   told (step, Dice) of each probe, if this very process does a pretraining
     """
+    site = job.work.site
     while True:
         with atomic.owned(job.folder) as mine:
-            if done := job.work.site.done(job.stage.id):
-                if mine:
-                    job.work.site.bring(job.stage.id)
-                if (job.folder / "done.json").exists():  # else another process is bringing it
-                    return done
+            if done := _finished(job, mine):
+                return done
+        with site.owned(job.folder) as mine:
+            if mine and (done := _finished(job, mine)):  # since
+                return done
             if mine:
-                job.work.site.bring(job.stage.id)
+                site.bring(job.stage.id)
                 with logs.written(job.folder):
                     return _do(job, hear)
-        time.sleep(0.5)  # another process is at it
+        time.sleep(mirroring.AGAIN if site.mirror else 0.5)  # another process is at it
+
+
+def _finished(job: Job, mine: bool) -> dict[str, Any] | None:
+    """What the stage left if it is finished and its files are here; whoever owns its folder brings them."""
+    done = job.work.site.done(job.stage.id)
+    if done and mine:
+        job.work.site.bring(job.stage.id)
+    return done if (job.folder / "done.json").exists() else None  # else another process is bringing it
 
 
 def _do(job: Job, hear: Hear) -> dict[str, Any]:
@@ -164,6 +174,7 @@ def _do(job: Job, hear: Hear) -> dict[str, Any]:
         functools.partial(_tracked, hear=hear) if alone else _tracked,
         job if alone else dataclasses.replace(job, work=dataclasses.replace(job.work, arrays=None)),
         workers=resources.workers,
+        least=resources.least,
         gpu=gpu,
         folder=job.folder,
         name="workers",
@@ -180,19 +191,22 @@ def _do(job: Job, hear: Hear) -> dict[str, Any]:
 
 def _tracked(job: Job, rank: int, world: int, device: torch.device, hear: Hear = lambda step, dice: None) -> dict[str, Any]:
     """One worker of a stage; its scalars and its end also go to the trackers asked for."""
-    names = job.chain.experiment.resources.trackers if rank == 0 else ()
-    if world > 1:
+    resources = job.chain.experiment.resources
+    names = resources.trackers if rank == 0 else ()
+    if resources.workers > 1:
         job.work.site.bring(job.stage.id)  # workers on other machines than the last ones; also what fine-tuning starts from
         if job.stage.parent:
             job.work.site.bring(job.stage.parent)
     with trackers.opened(names, job.folder, job.work.sweep, job.work.site.runs) as runs:
-        told = dataclasses.replace(job, runs=runs)
+        tracked = dataclasses.replace(job, runs=runs)
         pretrains = job.stage.kind == "pretrain"
-        done = _pretrain(told, rank, world, device, hear) if pretrains else _finetune(told, rank, world, device)
+        done = _pretrain(tracked, rank, world, device, hear) if pretrains else _finetune(tracked, rank, world, device)
         runs.end(done)
-    if world > 1 and rank == 0 and (mirror := job.work.site.mirror):
+    if resources.workers > 1 and rank == 0 and (mirror := job.work.site.mirror):
         mirror.keep(job.stage.id)  # the process that finishes the stage may be on another machine
-    return done | ({"untracked": runs.lost} if runs.lost else {})
+    sizes = job.folder / "workers.json"
+    told = {"workers": json.loads(sizes.read_text())} if rank == 0 and resources.elastic else {}
+    return done | ({"untracked": runs.lost} if runs.lost else {}) | told
 
 
 def network(experiment: Experiment, channels: int, classes: int) -> Any:
@@ -417,8 +431,10 @@ def _batches(
             "not streamed from disk; use fewer patients, set strategy=random, or data.stream=node to hold them all the same"
         )
     if choice == "ray" or not fits:
+        resources = job.chain.experiment.resources
+        lanes = math.gcd(resources.shares, size) if resources.elastic else world  # less only to calibrate
         return lambda start: stream.ray_batches(
-            store, wanted, labelled, size, seed=seed, start=start, rank=rank, world=world, device=device
+            store, wanted, labelled, size, seed=seed, start=start, rank=rank, world=world, lanes=lanes, device=device
         )
     slices = job.work.slices("train").select(wanted, labelled)
     afar = device.type == "cuda" and slices.nbytes > torch.cuda.mem_get_info(device)[0] / 2  # leave the other half to training
@@ -460,6 +476,8 @@ def _train(
     saved = job.folder / "checkpoint.pt"
     progress, shown = Progress(job.folder, job.stage.steps), dict[str, float]()
     resume = checkpoint.load(saved, device) if saved.exists() else None
+    if rank == 0 and job.chain.experiment.resources.elastic:
+        _note_size(job.folder / "workers.json", resume["step"] if resume else 0, world)
     with Board(job.folder if rank == 0 else None, job.runs) as board:
 
         def show(step: int, values: Mapping[str, float]) -> None:
@@ -488,7 +506,7 @@ def _train(
             rank=rank,
             world=world,
             on_step=on_step,
-            save=_saving(job, saved, world),
+            save=_saving(job, saved),
             save_seconds=job.chain.experiment.resources.checkpoint_seconds,
             looks=looks,
             look=looked,
@@ -496,14 +514,21 @@ def _train(
         )
 
 
-def _saving(job: Job, saved: Path, world: int) -> Callable[[checkpoint.State], None]:
+def _note_size(file: Path, step: int, world: int) -> None:
+    """Keep how many workers a group that may change had from which step on: each of them drew its own views."""
+    known = json.loads(file.read_text()) if file.exists() else []
+    atomic.write_json(file, [each for each in known if each["step"] < step] + [{"step": step, "workers": world}])
+
+
+def _saving(job: Job, saved: Path) -> Callable[[checkpoint.State], None]:
     """Saves the state; in a remote store too, now and then, or each time where workers on other machines may continue."""
     mirror, last = job.work.site.mirror, time.monotonic()
+    alone = job.chain.experiment.resources.workers == 1
 
     def save(state: checkpoint.State) -> None:
         nonlocal last
         checkpoint.save(saved, state)
-        if mirror and (world > 1 or time.monotonic() - last >= mirroring.EVERY):
+        if mirror and (not alone or time.monotonic() - last >= mirroring.EVERY):
             mirror.keep(job.stage.id)
             last = time.monotonic()
 

@@ -8,14 +8,17 @@ number, and continuing is arithmetic. There are two paths:
                 a joint batch of b takes positions tb … tb + b of the stream; of w workers, worker r takes the r-th part
                 of these. The joint batch does not depend on w.
 `ray_batches`   for sets that do not fit: Ray Data reads ahead, file by file. The files are permuted per epoch, and the
-                rows inside each file; worker r takes the r-th part of the epoch, so that a file is read by one worker,
-                or two. Slices of one file stay neighbours: fair, as `store.py` shuffles rows over the files once and
-                for all, but less mixed than the other path; and the joint batch depends on w.
+                rows inside each file; of l lanes, lane i takes the i-th part of the epoch, so that a file is read in one
+                lane, or two. A step takes b / l slices of every lane, and each worker serves l / w of these. Slices of one
+                file stay neighbours: fair, as `store.py` shuffles rows over the files once and for all, but less mixed
+                than the other path. The joint batch depends on l, not on w: a group of workers that may grow and shrink
+                has as many lanes as all its sizes divide, any other one lane per worker.
 
 Nothing else here is random, and nothing is augmented: a change of crops or views touches no data.
 """
 
 import functools
+import heapq
 import itertools
 import logging
 import os
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 COLUMNS = ["volume", "slice_index", "position", "image", "label"]
 PLAN = 256  # files that one Ray Data execution reads; starting one costs 0.1 s, and 0.8 ms per file of its plan
 UNLABELLED_KEYS = ("image", "size", "position", "patient", "volume", "depth", "phase")  # what hooks see of unlabelled slices
-AHEAD = 2  # files, and batches, that a worker reads ahead
+AHEAD = 2  # files that a worker reads ahead
 
 Arrays = dict[str, Any]
 
@@ -240,23 +243,26 @@ class _Piece:
     file: int
     start: int
     stop: int
+    lane: int
+    at: int  # rows of the lane before it
 
 
-def pieces(counts: list[int], *, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[_Piece]:
-    """Worker `rank`'s stream of a set whose files hold `counts` rows, from its row `start` on, for ever.
+def pieces(counts: list[int], *, seed: int, start: int = 0, lane: int = 0, lanes: int = 1) -> Iterator[_Piece]:
+    """The stream of a lane of a set whose files hold `counts` rows, from its row `start` on, for ever.
 
-    Of the first e epochs of n rows together, worker r takes ⌊(en + r) / w⌋ rows: their sum over r is en (Hermite's
-    identity), so the workers' parts of an epoch are the epoch, and none is ever more than one row ahead of another.
+    Of the first e epochs of n rows together, lane i of l takes ⌊(en + i) / l⌋ rows: their sum over i is en (Hermite's
+    identity), so the lanes' parts of an epoch are the epoch, and none is ever more than one row ahead of another.
     """
-    rows = sum(counts)
-    for epoch in itertools.count(((start + 1) * world - rank - 1) // rows):
-        until = [[(e * rows + r) // world for r in range(world)] for e in (epoch, epoch + 1)]
+    rows, at = sum(counts), start
+    for epoch in itertools.count(((start + 1) * lanes - lane - 1) // rows):
+        until = [[(e * rows + i) // lanes for i in range(lanes)] for e in (epoch, epoch + 1)]
         sizes = [after - before for before, after in zip(*until, strict=True)]
-        begin, end = sum(sizes[:rank]), sum(sizes[: rank + 1])
-        begin += max(0, start - until[0][rank])
+        begin, end = sum(sizes[:lane]), sum(sizes[: lane + 1])
+        begin += max(0, start - until[0][lane])
         for file in order(len(counts), seed, epoch).tolist():
             if (first := max(0, begin)) < (last := min(counts[file], end)):
-                yield _Piece(epoch, file, first, last)
+                yield _Piece(epoch, file, first, last, lane, at)
+                at += last - first
             begin, end = begin - counts[file], end - counts[file]
 
 
@@ -270,29 +276,49 @@ def ray_batches(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
+    lanes: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
     """This worker's share of the joint batch of step `start`, and of each step after it, for ever, read by Ray Data.
 
     Padded to the largest slice of the set, as in memory; `index` is the row that `Slices.read` would give the slice.
+    lanes   a multiple of `world` that divides `batch`; None: `world`. Equal lanes, equal joint batches, whatever the group
     Needs `ray.init`, and the store at the same path on every node.
-    Reading tasks ask for no CPU: training workers may hold them all, and would wait for ever for what they starve.
     """
     import pyarrow
-    import ray.data
 
     chosen = _Chosen.of(store, patients, labelled)
     counts = [len(chosen.rows(file, columns=())) for file in store.files]
-    own = share(batch, rank, world)
-    todo = pieces(counts, seed=seed, start=start * own, rank=rank, world=world)
+    lanes = lanes or world
+    own, served = share(batch, 0, lanes), share(lanes, rank, world)
+    mine = range(rank * served, (rank + 1) * served)
+    streams = [pieces(counts, seed=seed, start=start * own, lane=lane, lanes=lanes) for lane in mine]
+    todo = heapq.merge(*streams, key=lambda piece: piece.at)  # as they are needed: all lanes are equally far
+    held: dict[int, pa.Table] = {}
+    for lane, rows in _read(todo, chosen, store.files, counts, seed):
+        held[lane] = pyarrow.concat_tables([held[lane], rows]) if lane in held else rows
+        while all(lane in held and len(held[lane]) >= own for lane in mine):
+            yield chosen.batch(pyarrow.concat_tables([held[lane].slice(0, own) for lane in mine]), device)
+            held = {lane: rows.slice(own) for lane, rows in held.items()}
+
+
+def _read(
+    todo: Iterator[_Piece], chosen: "_Chosen", files: tuple[Path, ...], counts: list[int], seed: int
+) -> "Iterator[tuple[int, pa.Table]]":
+    """The lane and the rows of every piece, in order, by Ray Data.
+
+    Reading tasks ask for no CPU: training workers may hold them all, and would wait for ever for what they starve. At most
+    AHEAD of them run at a time, and as many results wait: a few files in the object store, however large the set.
+    """
+    import ray.data
+
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces each execution on the terminal
-    rest = None  # rows that the end of a plan left over
     while True:
         plan = list(itertools.islice(todo, PLAN))
         planned = ray.data.from_items([vars(piece) for piece in plan], override_num_blocks=len(plan))
         data: Any = planned.map_batches(
             cast(Any, _read_piece),
-            fn_kwargs={"chosen": chosen, "files": store.files, "counts": counts, "seed": seed},
+            fn_kwargs={"chosen": chosen, "files": files, "counts": counts, "seed": seed},
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=0,
@@ -300,11 +326,9 @@ def ray_batches(
         )
         data.context.execution_options.preserve_order = True
         data.context.enable_progress_bars = False
-        for rows in data.iter_batches(batch_size=own, batch_format="pyarrow", prefetch_batches=AHEAD):
-            rows = rows if rest is None else pyarrow.concat_tables([rest, rows])
-            rest = rows.slice(own) if len(rows) > own else None if len(rows) == own else rows
-            if len(rows) >= own:
-                yield chosen.batch(rows.slice(0, own), device)
+        for rows in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD):
+            (lane,) = rows["lane"].unique().to_pylist()
+            yield lane, rows
 
 
 def _read_piece(plan: "pa.Table", *, chosen: "_Chosen", files: tuple[Path, ...], counts: list[int], seed: int) -> "pa.Table":
@@ -317,7 +341,8 @@ def _read_piece(plan: "pa.Table", *, chosen: "_Chosen", files: tuple[Path, ...],
         raise RunError(f"{files[piece.file]}: the file changed while it was read; prepare the store anew")
     index = pyarrow.array(np.arange(len(rows)) + sum(counts[: piece.file]))
     kept = order(len(rows), seed, piece.epoch, part=1 + piece.file)[piece.start : piece.stop]
-    return rows.append_column("index", index).take(kept)
+    rows = rows.append_column("index", index).take(kept)
+    return rows.append_column("lane", pyarrow.array(np.full(len(rows), piece.lane)))
 
 
 # From Parquet to padded arrays

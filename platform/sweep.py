@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from medssl.platform import atomic, catalogue, config, find, ledger, places, plan, spending, trackers
+from medssl.platform import atomic, catalogue, config, find, ledger, mirror, places, plan, spending, trackers
 from medssl.platform.config import Experiment
 from medssl.platform.errors import RunError, UsageError
 from medssl.platform.plan import Chain
@@ -275,9 +275,11 @@ def _bind(request: Request, space: ModuleType, store: Store) -> Sweep:
 
 def _decisive(base: Mapping[str, Any]) -> dict[str, Any]:
     """The tree without the resources that only move work around: with others of those, it is the same sweep."""
-    workers = (base.get("resources") or {}).get("workers", 1)
+    resources = base.get("resources") or {}
     kept = {section: value for section, value in base.items() if section != "resources"}
-    return kept if workers == 1 else kept | {"resources": {"workers": workers}}
+    if resources.get("workers", 1) == 1:
+        return kept
+    return kept | {"resources": {key: resources[key] for key in ("workers", "min_workers") if key in resources}}
 
 
 def _refuse_places(sweep: Sweep, arms: Mapping[str, Settings], store: Store) -> None:
@@ -431,9 +433,9 @@ def _run(
             sweep, kept = fitted(request, space, store, controls if grid is None else grid, say)
             _refuse_places(sweep, kept, store)
             controls, grid = {label: kept[label] for label in controls}, None if grid is None else kept
-            with atomic.owned(sweep.folder) as mine:
+            with Site.here().owned(sweep.folder) as mine:
                 if not mine:
-                    raise RunError(f"{sweep.folder.name} is being run by another process; `medssl status` shows it")
+                    raise RunError(_taken(sweep.folder.name))
                 sweep.save()
                 (sweep.folder / "stop").unlink(missing_ok=True)
                 Site.here().push(sweep.folder)
@@ -462,6 +464,15 @@ def _run(
     front = f"\n{pareto(sweep, against)}" if against else ""
     site.push(sweep.folder)
     return answer + chosen + front
+
+
+def _taken(name: str) -> str:
+    if not Site.here().remote:
+        return f"{name} is being run by another process; `medssl status` shows it"
+    return (
+        f"{name} is being run by another process, on this machine or another; `medssl status` shows it. A machine that died "
+        f"lets go after {mirror.EXPIRES:.0f} seconds"
+    )
 
 
 def _steps(part: config.Part | None) -> int:
@@ -556,7 +567,7 @@ def _fit(
     import ray
     from ray import tune
 
-    from medssl.platform import search, watch
+    from medssl.platform import search, train, watch
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     shared_by_all = sweep.experiment({})
@@ -598,7 +609,9 @@ def _fit(
     probing = pretrain is not None and getattr(pretrain.training, "probes", 0) > 0
     share, at_once = places.share(resources, places.machines())
     meter.places(at_once)
-    shared = ray.remote(num_cpus=1)(_arrays).remote(sweep.store, sweep.split)
+    if resources.elastic:
+        train.count_places_here()
+    shared = _copy(sweep.store, sweep.split)
     if places.planned():  # trials would take every core that comes up, and wait `PATIENCE` for a copy that needs one
         ray.wait([shared], fetch_local=False)
     trainable = tune.with_resources(
@@ -666,16 +679,21 @@ def _trial(settings: dict[str, Any], sweep: Sweep, shared: list[Any], remote: st
             torch.cuda.empty_cache()
 
 
-def _shared(copy: Any) -> Any:
-    """The shared copy; None, so that stages read the store themselves, where it has not come after `PATIENCE`.
-
-    A copy that died with its node is made again by a task that needs a core: trials that hold them all must not wait for it.
-    """
+def _copy(store: Path, split: str) -> Any:
+    """The shared copy, as a reference. It is made once: to make it again takes a core, and trials may hold them all."""
     import ray
 
+    return ray.remote(num_cpus=1, max_retries=0)(_arrays).remote(store, split)
+
+
+def _shared(copy: Any) -> Any:
+    """The shared copy; None, so that stages read the store themselves, where it died with its node or has not come yet."""
+    import ray
+
+    lost = (ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError)
     try:
         return ray.get(copy, timeout=PATIENCE)
-    except ray.exceptions.GetTimeoutError:
+    except (ray.exceptions.GetTimeoutError, *lost):
         return None
 
 

@@ -2,6 +2,10 @@
 
 Ray Train places the workers, joins them into a process group, notices when one dies, and starts the group again. What a
 stage needs to continue is its own: a checkpoint in its folder that every worker reads before it starts.
+
+A group that may be smaller than asked for starts with as many workers as find place, and starts again, from the checkpoint,
+when a machine dies or there is place for more. Ray counts places anew every 20 s, so that the first group after a loss may
+ask for one that is gone; it gives up after a minute (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S), and the next is right.
 """
 
 import os
@@ -16,6 +20,8 @@ from medssl.platform.errors import RunError, UsageError
 
 MAX_FAILURES = 3  # times that a stage survives the loss of workers; the sweep, typed again, goes on from there too
 
+GROWING = 60.0  # seconds between two looks whether a group can grow: to do so, it goes back to its last checkpoint
+
 FINAL = (RunError, UsageError, ValueError)  # errors of the input, not of the machine; methods raise ValueError
 
 Work = Callable[[Any, int, int, torch.device], Any]
@@ -26,6 +32,7 @@ def launch(
     payload: Any,
     *,
     workers: int,
+    least: int | None = None,
     gpu: bool,
     folder: Path,
     name: str,
@@ -36,7 +43,7 @@ def launch(
 
     One worker is this process: no group, no Ray. More of them need `ray.init`, a `function` that they can import, and, on
     a cluster, a `folder` that all nodes see; Ray Train's own record goes to `folder / name`. When a worker dies, all are
-    started again, with the same arguments.
+    started again, with the same arguments; with as few as `least` of them where no more find place, and with more once they do.
     Raises the RunError, UsageError or ValueError of a worker as it is: it would only come back, and is not tried again.
     """
     if workers == 1:
@@ -45,6 +52,9 @@ def launch(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    group: dict[str, Any] = {"num_workers": workers}
+    if least is not None and least < workers:
+        group = {"num_workers": (least, workers), "elastic_resize_monitor_interval_s": GROWING}
     folder = folder.resolve()
     given_up = folder / f"{name}.error"
     given_up.unlink(missing_ok=True)
@@ -59,9 +69,7 @@ def launch(
         },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            use_gpu=gpu, resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpu else {})}, **group
         ),
         run_config=RunConfig(name=name, storage_path=str(folder), failure_config=FailureConfig(max_failures=MAX_FAILURES)),
     )
@@ -71,6 +79,17 @@ def launch(
         given_up.unlink(missing_ok=True)
         raise result
     return result
+
+
+def count_places_here() -> None:
+    """Start Ray's account of places on this machine, the driver's.
+
+    Else it lives where the first group was asked for, and dies with that machine; a group that may change asks it how large
+    it can be, and would wait for its answer for ever (Ray 2.60, `default_autoscaling_coordinator.py`: hard node affinity).
+    """
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as account
+
+    account.get_or_create_autoscaling_coordinator()
 
 
 def _worker(config: dict[str, Any]) -> Any:

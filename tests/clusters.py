@@ -138,7 +138,7 @@ class Regression(torch.nn.Module):
         return self.state_dict()
 
 
-STEPS, BATCH = 24, 8
+STEPS, BATCH = 24, 12  # which one, two or three workers can share
 
 
 def learn(payload: dict[str, Any], rank: int, world: int, device: torch.device) -> dict[str, Any]:
@@ -162,7 +162,19 @@ def learn(payload: dict[str, Any], rank: int, world: int, device: torch.device) 
         resume=resume, report_seconds=0, save_seconds=0, save=lambda state: checkpoint.save(file, state),
         on_step=lambda step, terms, *_: losses.update({step: terms["wrong"]}),
     )  # fmt: skip
-    return {"value": float(method.value.detach()), "began": resume["step"] if resume else 0, "losses": losses}
+    began = resume["step"] if resume else 0
+    return {"value": float(method.value.detach()), "began": began, "losses": losses, "world": world}
+
+
+def loses(made: Any, folder: Path) -> Callable[[], None]:
+    """Kills the node of the second worker of a group, once four steps are saved."""
+
+    def lose() -> None:
+        wait_for(lambda: (folder / "state.pt").exists() and checkpoint.load(folder / "state.pt")["step"] >= 4)
+        lost = (folder / "nodes-1").read_text().split()[0]
+        made.remove_node(next(node for node in made.worker_nodes if node.node_id == lost), allow_graceful=False)
+
+    return lose
 
 
 def group_loses_a_node() -> None:
@@ -173,18 +185,30 @@ def group_loses_a_node() -> None:
     folder.mkdir()
     expected = train.launch(learn, {"folder": alone, "pause": 0.0}, workers=1, gpu=False, folder=alone, name="workers")
     with cluster(1, 1, 1) as made:  # a third one to go to
-
-        def lose() -> None:
-            wait_for(lambda: (folder / "state.pt").exists() and checkpoint.load(folder / "state.pt")["step"] >= 4)
-            lost = (folder / "nodes-1").read_text().split()[0]
-            made.remove_node(next(node for node in made.worker_nodes if node.node_id == lost), allow_graceful=False)
-
-        with beside(lose):
+        with beside(loses(made, folder)):
             payload = {"folder": folder, "pause": 0.4}
             got = train.launch(learn, payload, workers=2, gpu=False, folder=folder, name="workers")
         nodes = [(folder / f"nodes-{rank}").read_text().split() for rank in (0, 1)]
     assert all(first != second for first, second in zip(*nodes, strict=True)), "the workers were on two nodes, each time"
     assert len(nodes[0]) == 2, "the group was started twice"
+    assert 4 <= got["began"] < STEPS, "from the last checkpoint"
+    np.testing.assert_allclose(got["value"], expected["value"], rtol=1e-5)
+    same = {step: expected["losses"][step] for step in got["losses"]}
+    np.testing.assert_allclose(list(got["losses"].values()), list(same.values()), rtol=1e-4)
+
+
+def group_shrinks() -> None:
+    """One to three workers are asked for, and there is place for two. One of their nodes is killed; the other goes on alone."""
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "5"
+    alone, folder = HERE / "one", HERE / "several"
+    alone.mkdir()
+    folder.mkdir()
+    expected = train.launch(learn, {"folder": alone, "pause": 0.0}, workers=1, gpu=False, folder=alone, name="workers")
+    with cluster(1, 1) as made, beside(loses(made, folder)):
+        payload = {"folder": folder, "pause": 0.4}
+        got = train.launch(learn, payload, workers=3, least=1, gpu=False, folder=folder, name="workers")
+    assert (folder / "nodes-1").exists(), "two at first"
+    assert got["world"] == 1
     assert 4 <= got["began"] < STEPS, "from the last checkpoint"
     np.testing.assert_allclose(got["value"], expected["value"], rtol=1e-5)
     same = {step: expected["losses"][step] for step in got["losses"]}
@@ -198,6 +222,8 @@ def sweep_loses_a_node() -> None:
     """The node that holds a half-done pretraining is killed; what was finished stays, and nothing comes out otherwise."""
     continued: list[Path] = []
     before: dict[Path, int] = {}
+    import ray
+
     with cluster(1, 1) as made:
 
         def lose() -> None:
@@ -215,6 +241,13 @@ def sweep_loses_a_node() -> None:
 
         with beside(lose):
             run()
+        copy = sweep._copy(Site.here().data / "tiny", "seed-0")
+        ray.wait([copy], fetch_local=False)
+        for node in [*made.worker_nodes]:
+            made.remove_node(node, allow_graceful=False)
+        begun = time.monotonic()
+        assert sweep._shared(copy) is None, "what a node held for others"
+        assert time.monotonic() - begun < sweep.PATIENCE / 2, "is not waited for when it dies"
     assert outcome() == undisturbed(), "to the last bit"
     assert before.items() <= finished().items(), "no finished stage ran again"
     assert "continues" in (continued[0] / "messages.log").read_text(), "from its checkpoint"

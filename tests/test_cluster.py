@@ -137,6 +137,11 @@ def test_a_group_over_two_nodes_survives_the_loss_of_one_and_ends_where_one_work
 
 
 @pytest.mark.slow
+def test_a_group_that_may_shrink_goes_on_with_what_is_left_and_ends_where_one_worker_would(play):
+    play("group_shrinks")
+
+
+@pytest.mark.slow
 def test_a_sweep_that_loses_a_node_goes_on_from_its_checkpoint_and_ends_as_if_it_had_not(sweeping):
     sweeping("sweep_loses_a_node")
 
@@ -180,6 +185,8 @@ def machines(count: int, cpus: float, gpus: float = 0.0) -> list[places.Machine]
         (Resources(workers=2), machines(2, 2), 2),
         (Resources(workers=2, cpus=3), machines(3, 4), 1),  # three workers find place, not four: none is split over two
         (Resources(workers=4, cpus=2), machines(2, 4), 1),
+        (Resources(workers=4, min_workers=2), machines(3, 1), 1),  # smaller than asked for, rather than none
+        (Resources(workers=4, min_workers=2), machines(8, 1), 2),
         (Resources(cpus=2, gpus=0.25), machines(1, 64, 8), 32),
         (Resources(gpus=0.4), machines(1, 64, 2), 4),  # twice on each GPU, not five times on two
         (Resources(), machines(2, 8, 4), 8),
@@ -196,6 +203,8 @@ def test_as_many_trials_run_at_a_time_as_their_workers_find_place_machine_by_mac
 def test_a_cluster_without_machines_says_how_it_can_be_told_that_it_grows(monkeypatch):
     with pytest.raises(UsageError, match="MEDSSL_CLUSTER=8x16x1"):
         places.share(Resources(), machines(1, 0))
+    with pytest.raises(UsageError, match="needs 2 workers of 1 CPU each, the cluster has 1 CPU"):
+        places.share(Resources(workers=4, min_workers=2), machines(1, 1))
     monkeypatch.setenv("MEDSSL_CLUSTER", "8x16x1")
     assert places.share(Resources(), places.planned())[1] == 8
     monkeypatch.setenv("MEDSSL_CLUSTER", "many")

@@ -3,13 +3,16 @@
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
-from medssl.platform import catalogue, checkpoint, ledger, loop, mirror, single
+from medssl.platform import catalogue, checkpoint, ledger, loop, mirror, plan, single, stages
 from medssl.platform.datasets import phantom
 from medssl.platform.errors import RunError
 from medssl.platform.records import Score
@@ -128,6 +131,76 @@ def test_a_machine_that_dies_while_it_uploads_has_finished_nothing(machines, mon
     assert not (two.stage("simsiam-1") / "checkpoint.pt").exists()
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claims as ever, in less time; an S3 server counts whole seconds."""
+    for name, seconds in {"BEAT": 0.5, "EXPIRES": 2.5, "SETTLE": 0.3, "AGAIN": 0.1}.items():
+        monkeypatch.setattr(mirror, name, seconds)
+
+
+def test_of_machines_that_want_a_stage_at_the_same_time_one_has_it_at_a_time_and_each_in_its_turn(uri, hasty, tmp_path):
+    working, most, turns = [], [], []
+
+    def work(number: int) -> None:
+        site = Site(tmp_path, tmp_path / f"machine-{number}", uri)
+        while True:
+            with site.owned(site.stage("simsiam-1")) as mine:
+                if mine:
+                    working.append(number)
+                    most.append(len(working))
+                    time.sleep(0.2)
+                    working.remove(number)
+                    turns.append(number)
+                    return
+            time.sleep(0.1 * (1 + number))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert max(most) == 1
+    assert sorted(turns) == [0, 1, 2, 3]
+
+
+def test_a_claim_holds_while_its_machine_lives_and_ends_some_time_after_it_died(machines, hasty, monkeypatch):
+    one, two = machines
+    with one.owned(one.stage("simsiam-1")) as mine:
+        assert mine
+        until = time.monotonic() + 4
+        while time.monotonic() < until:
+            with two.owned(two.stage("simsiam-1")) as too:
+                assert not too, "it gives signs of life"
+            time.sleep(0.2)
+        with two.owned(two.stage("simsiam-2")) as other:
+            assert other
+        claim = next(entry.path for entry in two.mirror._list("claims") if entry.path.endswith(".has"))
+    died = time.monotonic()
+    one.mirror._put(b"{}", claim)  # a kill takes nothing back
+    with one.owned(one.stage("simsiam-1")) as again:
+        assert again, "on its own machine there is the lock to say that it is dead"
+    one.mirror._put(b"{}", claim)
+    while True:
+        with two.owned(two.stage("simsiam-1")) as mine:
+            if mine:
+                break
+    assert mirror.EXPIRES - 1 < time.monotonic() - died < mirror.EXPIRES + 5
+
+
+def test_a_stage_that_another_machine_is_at_is_waited_for_and_not_done_twice(machines, hasty, tmp_path, monkeypatch):
+    one, two = machines
+    stage = plan.Stage("pretrain", "simsiam-1", 0, 20, None)
+    job = stages.Job(cast(Any, None), stage, stages.Work(two, tmp_path, cast(Any, None)))
+    monkeypatch.setattr(stages, "_do", lambda *_: pytest.fail("done twice"))
+    with ThreadPoolExecutor(1) as pool:
+        with one.owned(one.stage("simsiam-1")) as mine:
+            assert mine
+            waiting = pool.submit(stages.fulfil, job)
+            leave(one, 20, **{"done.json": '{"step": 20}', "encoder.pt": "weights"})
+            time.sleep(0.5)
+            assert not waiting.done()
+            one.mirror.finish("simsiam-1")
+        assert waiting.result(20) == {"step": 20}
+    assert (two.stage("simsiam-1") / "encoder.pt").read_text() == "weights"
+
+
 def test_a_sweep_is_seen_from_everywhere_as_it_was_last_left(machines):
     one, two = machines
     sweep = one.runs / "sweeps" / "question"
@@ -178,6 +251,31 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("MEDSSL_DATA", str(data))
         catalogue.prepare(str(source), changes={"spacing_mm": (12.0, 12.0, 24.0), "pad": 32}, workers=1, say=lambda text: None)
     return data
+
+
+def test_a_group_that_may_change_keeps_its_sizes_and_its_uploads_though_one_worker_is_left_of_it(
+    machines, scans, monkeypatch, tmp_path
+):
+    """As Ray Train calls that one; before it there were two, from step 0 and again from step 4."""
+    one, two = machines
+    monkeypatch.setenv("MEDSSL_DATA", str(scans))
+    tree = {"pretrain": {"name": "simsiam"}}
+    overrides = [*SMALL, "resources.workers=2", "resources.min_workers=1", "finetune.training.batch=4"]
+    experiment, store, split = single._experiment("tiny", [], overrides, tree, lambda text: None)
+    chain = plan.chain("arm", 0, 0, experiment, store, split)
+    job = stages.Job(chain, chain.pretraining, stages.Work(one, store.root, split))
+    job.folder.mkdir(parents=True)
+    sizes = job.folder / "workers.json"
+    stages._note_size(sizes, 0, 2)
+    stages._note_size(sizes, 4, 2)
+    done = stages._tracked(job, 0, 1, torch.device("cpu"))
+    assert done["workers"] == [{"step": 0, "workers": 1}], "without a checkpoint it began anew"
+    assert two.mirror
+    assert "simsiam" in two.mirror._list(f"stages/{job.stage.id}")[0].path, "where the process that finishes it can find it"
+    stages._note_size(sizes, 4, 2)
+    stages._note_size(sizes, 7, 1)
+    stages._note_size(sizes, 7, 2)
+    assert json.loads(sizes.read_text()) == [{"step": at, "workers": count} for at, count in ((0, 1), (4, 2), (7, 2))]
 
 
 def test_a_chain_that_three_machines_share_ends_as_on_one(uri, scans, tmp_path, monkeypatch):

@@ -38,6 +38,9 @@ def ids(m=2, index=0, **dotted):
     return [stage.id for stage in plan.chain("arm", index, m, resolved(**dotted), store(), SPLIT).stages]
 
 
+WIDE = {"pretrain__training__batch": 24, "finetune__training__batch": 12}  # that one to four workers can share
+
+
 def test_equal_settings_give_equal_stages_and_orchestration_changes_none():
     assert ids() == ids()
     assert ids() == ids(resources__cpus=4) == ids(resources__checkpoint_seconds=1.0) == ids(data__stream="node")
@@ -52,6 +55,7 @@ def test_equal_settings_give_equal_stages_and_orchestration_changes_none():
         {"network__width": 8},
         {"seed": 1},
         {"resources__workers": 2},
+        {"resources__workers": 2, "resources__min_workers": 1},
         {"data__stream": "ray"},
         {"pretrain__training__steps": 7},
     ],
@@ -59,6 +63,29 @@ def test_equal_settings_give_equal_stages_and_orchestration_changes_none():
 )
 def test_what_changes_a_pretraining_changes_all_that_follows_it(change):
     assert not set(ids()) & set(ids(**change))
+
+
+def test_a_group_that_may_not_shrink_is_one_of_fixed_size_and_one_that_may_is_another_stage():
+    fixed = ids(resources__workers=2)
+    assert fixed == ids(resources__workers=2, resources__min_workers=2)
+    assert not set(fixed) & set(ids(resources__workers=2, resources__min_workers=1))
+    assert len({ids(resources__workers=4, resources__min_workers=least, **WIDE)[0] for least in (1, 2, 3, 4)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resources__workers": 5}, r"pretrain.training.batch=24 cannot be shared by 5 workers .* a multiple of 5,"),
+        ({"resources__workers": 4, "resources__min_workers": 2, "finetune__training__batch": 8}, "finetune.* 2 to 4 .* of 12"),
+        ({"resources__workers": 3, "pretrain__training__accumulate": 4, "finetune__training__batch": 10}, "finetune.* of 3,"),
+        ({"resources__workers": 4, "pretrain__training__accumulate": 4}, "accumulate=4; use a multiple of 16"),
+        ({"resources__workers": 2, "resources__min_workers": 3}, "min_workers is 3: expected at least 1 and at most workers"),
+    ],
+    ids=str,
+)
+def test_a_batch_that_a_group_of_some_size_could_not_share_is_refused_before_anything_starts(change, message):
+    with pytest.raises(UsageError, match=message):
+        resolved(**{**WIDE, **change})
 
 
 @pytest.mark.parametrize(

@@ -224,25 +224,25 @@ def test_a_batch_that_cannot_be_shared_is_refused(slices: Slices) -> None:
 
 
 def rows_of(counts: list[int], taken: int, **where: Any) -> list[tuple[int, int, int]]:
-    """(epoch, file, place in that epoch's order of the file) of the first `taken` rows of a worker's stream."""
+    """(epoch, file, place in that epoch's order of the file) of the first `taken` rows of a lane."""
     pieces = stream.pieces(counts, seed=1, **where)
     rows = ((piece.epoch, piece.file, place) for piece in pieces for place in range(piece.start, piece.stop))
     return list(itertools.islice(rows, taken))
 
 
 @pytest.mark.parametrize("counts", [[4, 9, 1, 7], [2], [1, 1], [0, 5, 3]])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_pieces_of_all_workers_are_the_epochs(counts: list[int], world: int) -> None:
-    """Brute force over seven epochs, sets smaller than the number of workers and an empty file included."""
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_the_pieces_of_all_lanes_are_the_epochs(counts: list[int], lanes: int) -> None:
+    """Brute force over seven epochs, sets smaller than the number of lanes and an empty file included."""
     epochs, total = 7, sum(counts)
-    taken = [(epochs * total + rank) // world for rank in range(world)]
-    rows = [row for rank in range(world) for row in rows_of(counts, taken[rank], rank=rank, world=world)]
+    taken = [(epochs * total + lane) // lanes for lane in range(lanes)]
+    rows = [row for lane in range(lanes) for row in rows_of(counts, taken[lane], lane=lane, lanes=lanes)]
     assert sorted(rows) == [(e, f, k) for e in range(epochs) for f, n in enumerate(counts) for k in range(n)]
     assert max(taken) - min(taken) <= 1
-    for rank in range(world):
-        whole = rows_of(counts, taken[rank], rank=rank, world=world)
-        for start in range(taken[rank]):
-            assert rows_of(counts, taken[rank] - start, start=start, rank=rank, world=world) == whole[start:]
+    for lane in range(lanes):
+        whole = rows_of(counts, taken[lane], lane=lane, lanes=lanes)
+        for start in range(taken[lane]):
+            assert rows_of(counts, taken[lane] - start, start=start, lane=lane, lanes=lanes) == whole[start:]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -255,6 +255,23 @@ def test_ray_data_gives_each_slice_once_per_epoch_over_all_workers(ray_local: No
         batches = stream.ray_batches(store, None, None, batch, seed=4, rank=rank, world=world)
         seen += [index for step in first(batches, -(-part // 2)) for index in step][:part]
     assert sorted(seen) == sorted([*range(COUNT), *range(COUNT)])
+
+
+def test_a_stream_in_lanes_goes_on_in_mid_epoch_with_a_group_of_another_size(ray_local: None, store: Store) -> None:
+    """Joint batches of 6 slices in lanes of three each, by one worker, by two, and by one that takes over from two."""
+
+    def joint(world: int, start: int, stop: int) -> list[list[int]]:
+        where: dict[str, Any] = {"seed": 4, "start": start, "world": world, "lanes": 2}
+        shares = [first(stream.ray_batches(store, None, None, 6, rank=rank, **where), stop - start) for rank in range(world)]
+        return [[index for share in step for index in share] for step in zip(*shares, strict=True)]
+
+    steps = -(-COUNT // 3)  # two epochs: COUNT slices of each lane
+    whole = joint(1, 0, steps)
+    assert joint(2, 0, 8) + joint(1, 8, steps) == whole
+    lanes = [[index for step in whole for index in step[3 * lane : 3 * lane + 3]][:COUNT] for lane in (0, 1)]
+    assert sorted(lanes[0] + lanes[1]) == sorted([*range(COUNT), *range(COUNT)])
+    with pytest.raises(UsageError, match="a batch of 6 slices cannot be shared by 4 workers"):
+        next(stream.ray_batches(store, None, None, 6, seed=4, lanes=4))
 
 
 def test_ray_data_orders_by_seed_and_epoch_and_continues(
