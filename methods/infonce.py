@@ -14,8 +14,9 @@ learning", NeurIPS 2020, https://arxiv.org/abs/2004.11362, and with every slice 
     L      Σ over meta-labels of λ · mean over i of 1/|P(i)| Σ_{j in P(i)} w_ij l_ij
 
 Meta-labels: the partition of the volume that a slice lies in, the patient, the phase of the cycle (end diastole and end
-systole; slices of volumes that name no phase, such as ACDC's other frames, take no part in that term), and `self`. `pace="none"` has w = 1. `corrected` divides a term by the mean of its w
-over the positive pairs, so that its scale does not grow with γ. γ steps with every step, there with every epoch.
+systole; slices of volumes that name no phase, such as ACDC's other frames, take no part in that term), and `self`.
+`pace="none"` has w = 1. `corrected` divides a term by the mean of its w over the positive pairs, so that its scale does not
+grow with γ. γ steps with every step, there with every epoch.
 
 Defaults are the pretraining of the published code (https://github.com/jizongFox/Self-paced-Contrastive-Learning), its
 partition and patient terms at 1 and 0.1, with soft pace from 5 to 60 and the views of `simsiam.py`.

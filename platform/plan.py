@@ -209,8 +209,9 @@ def _refuse_cycle(experiment: Experiment, store: Store, split: Split) -> None:
     named = sorted({volume.phase for volume in store.volumes if volume.phase and volume.patient in train})
     if asking and len(named) < 2:
         raise UsageError(
-            f'{", ".join(asking)}: the meta-label "cycle" needs volumes of two phases, and the training volumes of {store.name} '
-            f"name {named[0] if named else 'none'}; leave the label out, with its share, or prepare data whose cases name phases"
+            f'{", ".join(asking)}: the meta-label "cycle" needs volumes of two phases, and the training volumes of '
+            f"{store.name} name {named[0] if named else 'none'}; leave the label out, with its share, or prepare data whose "
+            "cases name phases"
         )
 
 

@@ -25,6 +25,7 @@ from medssl.platform import (
     checkpoint,
     evaluate,
     find,
+    history,
     ledger,
     logs,
     loop,
@@ -169,6 +170,7 @@ def _do(job: Job, hear: Hear) -> dict[str, Any]:
         name="workers",
         cpus_per_worker=resources.cpus,
     )
+    history.table(job.folder)
     done = {**result, "seconds": round(time.time() - begun, 2)}
     logs.LOGGER.info("%s ended: %s after %.0f seconds", stage.id, done.get("status"), done["seconds"])
     atomic.write_json(job.folder / "done.json", done)
@@ -345,7 +347,7 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
 
 
 def _scored(work: Work, part: DataPart) -> list[Volume]:
-    """The volumes of a part that carry a label, as two frames of a cine do; and those of patients who have none, to be refused."""
+    """The volumes of a part that carry a label, as two frames of a cine do; of patients who have none all, to be refused."""
     slices = work.slices(part)
     there, annotated = (set(which.unique().tolist()) for which in (slices.patient, slices.patient[slices.labelled]))
     bare = [slices.patient_names[number] for number in there - annotated]

@@ -510,8 +510,12 @@ def test_a_cine_is_contrasted_by_its_named_phases_and_scored_where_it_is_labelle
 
     root = decathlon(tmp_path / "blobs")
     assert typed("data", "prepare", root)[0] == 0
-    code, _, error = typed("finetune", "--data", root, *SHORT, "--labelled", 1, "--hook", "infonce", "-o", "hook.infonce.labels=[cycle]")
-    assert (code, '"cycle" needs volumes of two phases, and the training volumes of blobs name none' in error) == (2, True), error
+    code, _, error = typed(
+        "finetune", "--data", root, *SHORT, "--labelled", 1, "--hook", "infonce", "-o", "hook.infonce.labels=[cycle]"
+    )
+    assert (code, '"cycle" needs volumes of two phases, and the training volumes of blobs name none' in error) == (2, True), (
+        error
+    )
 
 
 def test_what_predicts_is_the_teacher(typed, tmp_path):
@@ -552,7 +556,9 @@ def test_a_recipe_pretrains_whatever_its_fine_tuning_needs(typed, tmp_path):
     code, out, error = typed("pretrain", "infonce", "-p", "self-paced-acdc", "--data", root, *words)
     assert code == 0, error
     assert "infonce:blobs@2 -> dense_infonce:blobs@2" in out
-    code, _, error = typed("pretrain", "infonce", "-p", "self-paced-acdc", "--data", root, *words, "-o", "hook.self-paced.wieght=1")
+    code, _, error = typed(
+        "pretrain", "infonce", "-p", "self-paced-acdc", "--data", root, *words, "-o", "hook.self-paced.wieght=1"
+    )
     assert (code, "did you mean weight?" in error) == (2, True), "settings of hooks are checked all the same"
 
 
