@@ -2,8 +2,10 @@
 
     grid            every arm has all its k pretrainings; repeats go round all arms before an arm has its next
     race            repeats go to the arms that may still be the best, for at most half of the grid (race.py)
-    tpe, gp, random Optuna asks for arms one by one; an arm gets its next pretraining only when the last one is in, and none
-                    once it is losing (race.losing). Controls have all k.
+    tpe, gp, random Optuna asks for arms one by one; an arm gets its next pretraining when the last one is in, and none once it
+                    is losing (race.losing). Controls have all k. Once no arm is left to be asked for, a free place does not
+                    wait: it takes the next pretraining of a control, or else of the arm that has most of them before it. If
+                    such an arm turns out to be losing, what was handed out ahead is what is lost; it is finished and counts.
 
 Then the leading arms and the controls are confirmed, if that was asked for, on fresh pretrainings: indices from `CONFIRM` on,
 which no search uses however it grows.
@@ -66,7 +68,10 @@ class Arm:
 
 
 def open_study(folder: Path, kind: Kind, seed: int) -> "optuna.Study":
-    """The sweep's Optuna study, created or continued; trials that a kill left RUNNING are failed and asked again."""
+    """The sweep's Optuna study, created or continued.
+
+    Of the trials that a kill left RUNNING, those given up are told with what they had; the others fail and are asked again.
+    """
     import optuna
     from optuna.trial import TrialState
 
@@ -83,6 +88,10 @@ def open_study(folder: Path, kind: Kind, seed: int) -> "optuna.Study":
     else:  # the arms of a grid and of a race are given: nothing is drawn
         study.sampler = optuna.samplers.RandomSampler(seed=seed)
     for lost in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if "stopped" in lost.user_attrs:  # what it still ran was handed out ahead, and is left where it is
+            scores = lost.user_attrs["scores"].values()
+            study.tell(lost.number, sum(scores) / len(scores) if scores else None, None if scores else TrialState.PRUNED)
+            continue
         study.tell(lost.number, state=TrialState.FAIL)
         study.enqueue_trial(lost.params)
     return study
@@ -184,7 +193,10 @@ class NestedSearch(Searcher):
         ready = [arm for arm in open_arms if arm.started == len(arm.searched)]
         if ready:
             return ready[0]
-        return self._ask() if self.asked < self.trials and not self.impossible else None
+        if self.asked < self.trials and not self.impossible and (new := self._ask()):
+            return new
+        # places would stand empty; longest first, those that are never given up before those that still may be
+        return min(open_arms, key=lambda arm: (arm.trial is not None, arm.started), default=None)
 
     def _fill(self) -> None:
         """Put the next round of a race into the queue: decided when the last one is in, whatever its order was."""
@@ -249,9 +261,13 @@ class NestedSearch(Searcher):
         if index >= CONFIRM:
             return
         repeats = len(arm.searched)
-        if arm.trial and result.get("complete") and repeats < self.k and race.losing(self.scores(), arm.label):
+        undecided = arm.trial and not arm.stopped and result.get("complete") and arm.started < self.k
+        if undecided and race.losing(self.scores(), arm.label):
             arm.stopped = f"losing after {repeats} of {self.k} pretrainings"
-        if arm.trial and (arm.failed or arm.stopped or len(arm.searched) == self.k):
+        if arm.trial and (arm.failed or arm.stopped or repeats == self.k):
+            if any(other is arm for other, _ in self.running.values()):  # handed out ahead: those count, too
+                _keep(arm.trial, arm)
+                return
             self._tell(arm.trial, arm)
             arm.trial = None
         elif arm.failed or arm.stopped or (self.kind == "grid" and len(arm.searched) == self.k):
@@ -264,13 +280,10 @@ class NestedSearch(Searcher):
     def _tell(self, trial: "optuna.Trial", arm: Arm) -> None:
         from optuna.trial import TrialState
 
-        trial.set_user_attr("scores", _keyed(arm))
+        _keep(trial, arm)
         if arm.failed:
-            trial.set_user_attr("failed", arm.failed)
             self.study.tell(trial, state=TrialState.FAIL)
             return
-        if arm.stopped:
-            trial.set_user_attr("stopped", arm.stopped)
         for index, score in enumerate(arm.searched):
             trial.report(score, step=index)
         if arm.searched:
@@ -344,6 +357,14 @@ def describe(settings: Settings) -> str:
     if settings == {"pretrain": None}:
         return "from scratch"
     return ", ".join(f"{key.removeprefix('pretrain.')} {_short(value)}" for key, value in settings.items())
+
+
+def _keep(trial: "optuna.Trial", arm: Arm) -> None:
+    """Write down what became of an arm, so that a kill before the study is told does not undo that it was given up."""
+    trial.set_user_attr("scores", _keyed(arm))
+    for name, why in (("failed", arm.failed), ("stopped", arm.stopped)):
+        if why:
+            trial.set_user_attr(name, why)
 
 
 def _keyed(arm: Arm) -> dict[str, float]:

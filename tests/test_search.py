@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -172,16 +173,16 @@ def test_a_race_killed_anywhere_goes_on_to_the_same_end(tmp_path, stop_after):
     assert sorted(trial.params["arm"] for trial in again.study.trials) == sorted(STUDY), "each arm is told once"
 
 
-@pytest.mark.parametrize("stop_after", [2, 9, 17])
-def test_a_killed_search_recalls_the_arms_it_asked_and_those_it_gave_up(tmp_path, stop_after):
+@pytest.mark.parametrize(("stop_after", "at_once"), [(2, 1), (9, 1), (17, 1), (9, 4), (17, 4)])
+def test_a_killed_search_recalls_the_arms_it_asked_and_those_it_gave_up(tmp_path, stop_after, at_once):
     def sought():
         return opened(tmp_path, grid=None, suggest=suggest, controls=SCRATCH, k=3, trials=8, kind="random", confirm=2)
 
     first = sought()
-    before = drain(first, noisy, stop_after=stop_after)
+    before = drain(first, noisy, at_once, stop_after)
     stopped = {arm.label: arm.searched for arm in first.arms.values() if arm.stopped}
     again = sought()
-    after = drain(again, noisy)
+    after = drain(again, noisy, at_once)
     for label, scores in stopped.items():
         assert again.arms[label].stopped
         assert again.arms[label].searched == scores
@@ -190,6 +191,44 @@ def test_a_killed_search_recalls_the_arms_it_asked_and_those_it_gave_up(tmp_path
     assert asked <= set(again.arms)
     assert len(again.arms) == 8 + 1
     assert not again.study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
+
+
+def test_a_free_place_does_not_wait_when_no_arm_is_left_to_be_asked_for(tmp_path):
+    nested = opened(tmp_path, grid=None, suggest=suggest, controls=SCRATCH, k=3, trials=2, kind="random")
+    handed = [nested.suggest(f"t{number}") for number in range(9)]
+    chains = [(chain["arm"], chain["index"]) for chain in handed]
+    (scratch, one, other), indices = nested.arms, [index for _, index in chains]
+    assert set(chains) == {(arm, index) for arm in (scratch, one, other) for index in range(3)}
+    assert chains[:5] == [(scratch, 0), (one, 0), (other, 0), (scratch, 1), (scratch, 2)], "controls first: none is lost"
+    assert indices[5:] == [1, 1, 2, 2], "then whoever has most before it"
+    assert nested.suggest("t9") is None
+
+
+def test_what_was_handed_out_ahead_counts_and_a_kill_before_it_is_in_keeps_the_arm_given_up(tmp_path):
+    def sought():
+        return opened(tmp_path, grid=None, suggest=suggest, controls=SCRATCH, k=4, trials=1, kind="random")
+
+    nested = sought()
+    handed = {name: nested.suggest(name) for name in map(str, range(7))}  # all of the control, three of the arm
+    arm = next(label for label in nested.arms if label != "from scratch")
+    first, second, last = (name for name, chain in handed.items() if chain["arm"] == arm)
+    for name, chain in handed.items():
+        if chain["arm"] != arm:
+            nested.on_trial_complete(name, {"score": 0.8 + 0.001 * chain["index"], "complete": True})
+    nested.on_trial_complete(first, {"score": 0.1, "complete": True})
+    nested.on_trial_complete(second, {"score": 0.101, "complete": True})
+    assert nested.arms[arm].stopped == "losing after 1 of 4 pretrainings"
+    assert nested.suggest("7") is None, "no further repeat"
+    assert nested.study.trials[0].state == TrialState.RUNNING, "one of its chains is"
+    shutil.copy(tmp_path / "study.db", tmp_path / "at the kill")
+    nested.on_trial_complete(last, {"score": 0.102, "complete": True})
+    assert nested.study.trials[0].value == pytest.approx(0.101)
+    assert sought().arms[arm].searched == [0.1, 0.101, 0.102]
+
+    shutil.copy(tmp_path / "at the kill", tmp_path / "study.db")
+    again = sought()
+    assert (again.arms[arm].searched, again.study.trials[0].value) == ([0.1, 0.101], pytest.approx(0.1005))
+    assert {arm for arm, _ in drain(again, noisy)} == {"from scratch"}
 
 
 @pytest.mark.parametrize("kind", ["grid", "race", "random"])
