@@ -14,8 +14,9 @@ learning", NeurIPS 2020, https://arxiv.org/abs/2004.11362, and with every slice 
     L      Σ over meta-labels of λ · mean over i of 1/|P(i)| Σ_{j in P(i)} w_ij l_ij
 
 Meta-labels: the partition of the volume that a slice lies in, the patient, the phase of the cycle (end diastole and end
-systole: data whose volumes name phases), and `self`. `pace="none"` has w = 1. `corrected` divides a term by the mean of its w
-over the positive pairs, so that its scale does not grow with γ. γ steps with every step, there with every epoch.
+systole; slices of volumes that name no phase, such as ACDC's other frames, take no part in that term), and `self`.
+`pace="none"` has w = 1. `corrected` divides a term by the mean of its w over the positive pairs, so that its scale does not
+grow with γ. γ steps with every step, there with every epoch.
 
 Defaults are the pretraining of the published code (https://github.com/jizongFox/Self-paced-Contrastive-Learning), its
 partition and patient terms at 1 and 0.1, with soft pace from 5 to 60 and the views of `simsiam.py`.
@@ -96,7 +97,7 @@ class InfoNCE(nn.Module):
         groups = {key: held[key] for key in ("position", "depth", "patient", "phase") if key in held}
         if held["size"].shape[1] == 3:
             middle = views.corners[0][:, 2] + views.extents[0][:, 2] / 2
-            groups["position"] = middle / held["size"][:, 2]
+            groups |= {"position": middle / held["size"][:, 2], "depth": held["size"][:, 2]}
         return replace(views, groups=groups)
 
     def loss(self, views: Views, step: Step) -> Loss:
@@ -111,6 +112,8 @@ class InfoNCE(nn.Module):
             weights = paced(each, config.pace, gamma(config.gamma, config.power, step.progress))
             terms[kind] = share * averaged(each, positives, weights, config.corrected)
             monitors[f"{kind}/weight"] = mean_weight(weights, positives)
+            if kind == "cycle":
+                monitors["cycle/known"] = (label >= 0).float().mean()
         return Loss(terms, monitors | pairs.health(pairs.feature(maps[0]), z[0], step))
 
     def after_step(self, step: Step) -> None:
@@ -158,7 +161,10 @@ def meta_label(
     partitions: int = 3,
     rule: Literal["equal", "thirds", "blocks"] = "equal",
 ) -> Tensor:
-    """The meta-label of each of `count` crops, (count,) int64. Raises ValueError when the batch does not tell it."""
+    """The meta-label of each of `count` crops, (count,) int64; -1: a phase that is not known.
+
+    Raises ValueError when the batch does not tell it.
+    """
     if kind == "self":
         device = next(iter(groups.values())).device if groups else torch.device("cpu")
         own = torch.arange(count, device=device)
@@ -182,18 +188,16 @@ def contrast(
     """l_ij and which pairs are positive, (v n, v n) each, in float32 at least.
 
     z       v views (n, d) of the same rows, of any length
-    label   (n,) int64
-    known   (n,) bool rows that take part; None: all
+    label   (n,) int64; a row below 0 takes no part
+    known   (n,) bool rows that take part besides; None: all
     """
     with torch.autocast(label.device.type, enabled=False):
         rows = torch.cat([F.normalize(each if each.dtype == torch.float64 else each.float(), dim=1) for each in z])
         s = rows @ rows.T / temperature
+        takes_part = (label >= 0 if known is None else known & (label >= 0)).repeat(len(z))
         label = label.repeat(len(z))
         same = label[:, None] == label
-        other = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
-        if known is not None:
-            both = known.repeat(len(z))
-            other = other & both & both[:, None]
+        other = ~torch.eye(len(s), dtype=torch.bool, device=s.device) & takes_part & takes_part[:, None]
         positives = same & other
         if rivals == "all":
             return s.masked_fill(~other, FAR).logsumexp(1, keepdim=True) - s, positives

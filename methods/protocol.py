@@ -22,7 +22,7 @@ Where the network's `spatial_dims` is 3, an element is a volume, and what is sai
 volumes: as `platform/volumes.py` delivers it, z axis last and running upwards,
 
     image     (n, c, h, w, z)        label  (n, h, w, z)        size  (n, 3), at least the side of a crop
-    patient, volume, index  (n,)     and no position: it is an axis now
+    patient, volume, phase, index  (n,)     and no position: it is an axis now
 
 Views are then cubes (n, c, s, s, s), their labels (n, s, s, s). A quarter turn stays in the plane of a slice.
 """

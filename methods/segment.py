@@ -271,9 +271,12 @@ class Segment(nn.Module):
         if "unlabelled_image" not in batch:
             raise ValueError(f"segment: {', '.join(self.fed)} learn from unlabelled slices, and the batch has none")
         image, size = (batch[f"unlabelled_{key}"].repeat_interleave(self.config.crops, 0) for key in ("image", "size"))
-        pair = augment.unlabelled_pair(image, size, anywhere(size, side, rng), side, self.config, self.unlabelled, rng)
+        corner = anywhere(size, side, rng)
+        pair = augment.unlabelled_pair(image, size, corner, side, self.config, self.unlabelled, rng)
         known = {key: f"unlabelled_{key}" for key in GROUPS if f"unlabelled_{key}" in batch}
         groups = {key: batch[name].repeat_interleave(self.config.crops, 0) for key, name in known.items()}
+        if size.shape[1] == 3:  # a crop of a volume lies where its middle does
+            groups |= {"position": (corner[:, 2] + side / 2) / size[:, 2], "depth": size[:, 2]}
         return replace(pair, groups=groups)
 
     def loss(self, views: Views, step: Step) -> Loss:

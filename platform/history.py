@@ -4,7 +4,8 @@
 
 `seconds` is the time that processes have spent on the stage so far, what a kill made them repeat included. What is not a
 finite number is null. A stage that was killed and continued reports some steps twice, and a kill can cut a line in two:
-`read` gives the history of the weights that were kept.
+`read` gives the history of the weights that were kept. When the stage ends, `table` writes it as `scalars.parquet`, a row per
+number: step, seconds, group ("loss/mean_teacher"), metric ("mse"), value.
 """
 
 import json
@@ -14,7 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medssl.platform import atomic
+
 NAME = "scalars.jsonl"
+TABLE = "scalars.parquet"
 Row = dict[str, float]
 
 
@@ -57,6 +61,23 @@ def read(folder: Path) -> list[Row]:
         else:
             rows.append(row)
     return rows
+
+
+def table(folder: Path) -> None:
+    """Write what `read` gives, one row per number; groups are what stands before the last / of a name."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"step": int(row["step"]), "seconds": row["seconds"], "group": group, "metric": metric, "value": value}
+        for row in read(folder)
+        for name, value in row.items()
+        for group, _, metric in [name.rpartition("/")]
+        if name not in ("step", "seconds")
+    ]
+    kinds = {"step": pyarrow.int64(), "seconds": pyarrow.float64(), "group": pyarrow.string(), "metric": pyarrow.string()}
+    found = pyarrow.Table.from_pylist(rows, pyarrow.schema([*kinds.items(), ("value", pyarrow.float64())]))
+    atomic.write(folder / TABLE, lambda file: pyarrow.parquet.write_table(found, file, compression="zstd"))
 
 
 def spent(folder: Path) -> float:

@@ -118,7 +118,7 @@ def resolve(experiment: Experiment, store: Store, split: Split) -> Experiment:
     )
     _refuse_shares(experiment)
     _refuse_probes(experiment, store, split)
-    _refuse_cycle(experiment, store)
+    _refuse_cycle(experiment, store, split)
     unlabelled = _resolved_unlabelled(experiment, store, split)
     network = experiment.network
     if getattr(network.settings, "levels", 0) is None:  # from the data alone: arms with and without pretraining share it
@@ -203,14 +203,16 @@ def _resolved_unlabelled(experiment: Experiment, store: Store, split: Split) -> 
     return dataclasses.replace(unlabelled, batch=batch)
 
 
-def _refuse_cycle(experiment: Experiment, store: Store) -> None:
-    """The meta-label "cycle" needs volumes that name their phase."""
+def _refuse_cycle(experiment: Experiment, store: Store, split: Split) -> None:
+    """The meta-label "cycle" needs training volumes of two phases; those that name none take no part in its term."""
     asking = [part.name for part in (*experiment.hooks, experiment.pretrain) if part and "cycle" in _meta_labels(part)]
-    nameless = sum(volume.phase is None for volume in store.volumes)
-    if asking and nameless:
+    train = set(split.train)
+    named = sorted({volume.phase for volume in store.volumes if volume.phase and volume.patient in train})
+    if asking and len(named) < 2:
         raise UsageError(
-            f'{", ".join(asking)}: the meta-label "cycle" needs the phase of every volume, and {nameless} of {store.name} name '
-            "none; give cases.json a phase and prepare again, or leave the label out"
+            f'{", ".join(asking)}: the meta-label "cycle" needs volumes of two phases, and the training volumes of '
+            f"{store.name} name {named[0] if named else 'none'}; leave the label out, with its share, or prepare data whose "
+            "cases name phases"
         )
 
 
@@ -276,7 +278,10 @@ def labelled_patients(experiment: Experiment, split: Split) -> tuple[str, ...]:
     wanted = experiment.data.labelled
     assert not isinstance(wanted, float), "`resolve` counts them"
     if wanted is not None and wanted > len(split.labelled):
-        raise TooFewLabels(f"data.labelled={wanted}: split {split.name} has {len(split.labelled)} labelled training patients")
+        raise TooFewLabels(
+            f"data.labelled={wanted}: split {split.name} has {len(split.labelled)} labelled training patients; "
+            "ask for that many at most"
+        )
     draw = experiment.data.draw
     order = tuple(drawn(split.labelled, draw, "label draw")) if draw else split.labelled
     return order[:wanted]

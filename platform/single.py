@@ -51,7 +51,7 @@ def pretrain(
     index   which of those that a sweep gives an arm: it decides the seed
     """
     tree = {"pretrain": {"name": method}, "seed": seed} | _given(start)
-    experiment, store, split = _experiment(data, files, overrides, tree, say)
+    experiment, store, split = _experiment(data, files, overrides, tree, say, tuned=False)
     if experiment.start.step is not None:
         raise UsageError("start.step says where fine-tuning starts; to pretrain a snapshot, give its file encoder@STEP.pt")
     chain, lines = plan.chain(method, index, 0, experiment, store, split), []
@@ -102,12 +102,15 @@ def _fulfil(job: stages.Job, say: Say) -> dict[str, Any]:
 
 
 def _experiment(
-    data: str, files: Sequence[Path], overrides: Sequence[str], last: dict[str, Any], say: Say
+    data: str, files: Sequence[Path], overrides: Sequence[str], last: dict[str, Any], say: Say, tuned: bool = True
 ) -> tuple[config.Experiment, Store, Split]:
+    """tuned   whether a fine-tuning follows, whose hooks then need unlabelled patients and the phases that they ask for"""
     tree = layers(data, tuple(files), tuple(overrides), last)
     config.build(tree)  # refuse what is wrong before any data are touched
     store = catalogue.open_store(data, say=say)
     experiment = config.build(config.suited(store.defaults, tree))
+    if not tuned:
+        experiment = dataclasses.replace(experiment, hooks=(), unlabelled=None)
     split = catalogue.split(store, experiment.data.split)
     return plan.resolve(experiment, store, split), store, split
 

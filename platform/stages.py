@@ -26,6 +26,7 @@ from medssl.platform import (
     checkpoint,
     evaluate,
     find,
+    history,
     ledger,
     logs,
     loop,
@@ -180,6 +181,7 @@ def _do(job: Job, hear: Hear) -> dict[str, Any]:
         name="workers",
         cpus_per_worker=resources.cpus,
     )
+    history.table(job.folder)
     done = {**result, "seconds": round(time.time() - begun, 2)}
     logs.LOGGER.info("%s ended: %s after %.0f seconds", stage.id, done.get("status"), done["seconds"])
     atomic.write_json(job.folder / "done.json", done)
@@ -324,7 +326,7 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
     method, batches = _segmenting(job, model, rank, world, device)
     model = method.predictor  # the network itself, or a hook's teacher
     best = job.folder / "best.pt"
-    validation = list(job.work.slices("val").volumes()) if rank == 0 else []
+    validation = _scored(job.work, "val") if rank == 0 else []
 
     def look(step: int) -> dict[str, float]:
         score = _mean(_scores(model, validation, store, experiment, "val", surface=False), experiment)
@@ -340,7 +342,7 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
         return {}
     kept = checkpoint.load(best, device)
     model.load_state_dict(kept["network"])
-    test = list(job.work.slices("test").volumes())
+    test = _scored(job.work, "test")
     if ledger.holds(job.work.site.runs, job.stage.id):  # killed after the test was scored: it is scored once
         scores = ledger.scores(job.work.site.runs, job.stage.id)
     else:
@@ -357,6 +359,14 @@ def _finetune(job: Job, rank: int, world: int, device: torch.device) -> dict[str
         "losses": outcome.losses,
         "chain": kept["chain"],
     }
+
+
+def _scored(work: Work, part: DataPart) -> list[Volume]:
+    """The volumes of a part that carry a label, as two frames of a cine do; of patients who have none all, to be refused."""
+    slices = work.slices(part)
+    there, annotated = (set(which.unique().tolist()) for which in (slices.patient, slices.patient[slices.labelled]))
+    bare = [slices.patient_names[number] for number in there - annotated]
+    return [*slices.select(labelled=True).volumes(), *slices.select(bare).volumes()]
 
 
 def _segmenting(

@@ -56,7 +56,8 @@ class Volumes:
             label = self._stacked(self.slices.label, rows, UNLABELLED)
         else:
             label = torch.full((len(image), *image.shape[2:]), UNLABELLED, dtype=torch.uint8, device=image.device)
-        owner = {"patient": self.slices.patient[rows[:, 0]], "volume": self.slices.volume[rows[:, 0]]}
+        owner = {key: getattr(self.slices, key) for key in ("patient", "volume", "phase")}
+        owner = {key: value[rows[:, 0]] for key, value in owner.items() if value is not None}
         return {"image": image, "label": label, "size": self.size[places], "index": places, **owner}
 
     def _stacked(self, planes: Tensor, rows: Tensor, fill: int) -> Tensor:

@@ -490,6 +490,78 @@ def test_two_hooks_fine_tune_on_few_labels_and_a_kill_in_between_changes_nothing
     assert code == 0, error
 
 
+def test_a_cine_is_contrasted_by_its_named_phases_and_scored_where_it_is_labelled(typed, tmp_path):
+    from medssl.platform import ledger
+    from medssl.tests.layouts import acdc
+
+    acdc.write(tmp_path / "acdc")
+    assert typed("data", "prepare", tmp_path / "acdc", "--preset", "mr")[0] == 0
+    parts = {"train": ["patient001", "patient021"], "val": ["patient002"], "test": ["patient101"]}
+    (tmp_path / "split.json").write_text(json.dumps(parts))
+    words = ["--data", "acdc", *SHORT, "-o", f"data.split={tmp_path / 'split.json'}", "-o", "unlabelled.batch=16"]
+    asked = ["-o", "hook.self-paced.labels=[cycle,partition]", "-o", "finetune.side=8"]
+    code, out, error = typed("finetune", *words, "--labelled", 1, "--hook", "self-paced", *asked)
+    assert code == 0, error
+    last = json.loads((tmp_path / "runs" / "stages" / stage_of(out) / "log.txt").read_text().splitlines()[-2])
+    assert last["self_paced/cycle/known"] == 0.5, "of four frames of one patient two are named"
+    assert last["loss/self_paced/cycle"] > 0
+    scored = {(row.part, row.volume) for row in ledger.scores(tmp_path / "runs", stage_of(out))}
+    assert scored == {("val", f"patient002_frame0{n}") for n in (1, 3)} | {("test", f"patient101_frame0{n}") for n in (1, 3)}
+
+    root = decathlon(tmp_path / "blobs")
+    assert typed("data", "prepare", root)[0] == 0
+    code, _, error = typed(
+        "finetune", "--data", root, *SHORT, "--labelled", 1, "--hook", "infonce", "-o", "hook.infonce.labels=[cycle]"
+    )
+    assert (code, '"cycle" needs volumes of two phases, and the training volumes of blobs name none' in error) == (2, True), (
+        error
+    )
+
+
+def test_what_predicts_is_the_teacher(typed, tmp_path):
+    """One that keeps half of each weight, beside a student that is trained as if it were not there."""
+    import torch
+
+    from medssl.platform import checkpoint
+
+    root = decathlon(tmp_path / "blobs", patients=6)
+    assert typed("data", "prepare", root)[0] == 0
+    words = ["finetune", "--data", root, *SHORT, "--labelled", 1, "-o", "finetune.training.steps=1"]
+    halved = ["--hook", "mean-teacher", "-o", "hook.mean-teacher.decay=0.5", "-o", "hook.mean-teacher.weight=0"]
+    runs = []
+    for hook in ([], halved):
+        code, out, error = typed(*words, *hook)
+        assert code == 0, error
+        runs.append(tmp_path / "runs" / "stages" / stage_of(out))
+    student, teacher = (checkpoint.load(run / "best.pt")["network"] for run in runs)
+    assert student.keys() == teacher.keys()
+    assert all(torch.equal(teacher[key], student[key] / 2) for key in student)
+
+    code, _, error = typed("predict", runs[1].name, root / "imagesTr" / "case_0.nii.gz", "--out", tmp_path / "out")
+    assert code == 0, error
+    predicted = nibabel.load(tmp_path / "out" / "case_0.nii.gz").get_fdata()
+    code, _, error = typed("predict", runs[0].name, root / "imagesTr" / "case_0.nii.gz", "--out", tmp_path / "other")
+    assert code == 0, error
+    assert (predicted != nibabel.load(tmp_path / "other" / "case_0.nii.gz").get_fdata()).any()
+
+
+def test_a_recipe_pretrains_whatever_its_fine_tuning_needs(typed, tmp_path):
+    """No phase is named here, and no patient is left for the hooks that follow later."""
+    root = decathlon(tmp_path / "blobs")
+    assert typed("data", "prepare", root)[0] == 0
+    short = {"side": 16, "training.steps": 2, "training.batch": 6}
+    small = [f"{part}.{key}={value}" for part in ("pretrain", "further") for key, value in short.items()]
+    small += ["network.width=4", "network.levels=3", "further.grid=4", "pretrain.labels=[partition]", "pretrain.shares=[1]"]
+    words = [word for setting in small for word in ("-o", setting)]
+    code, out, error = typed("pretrain", "infonce", "-p", "self-paced-acdc", "--data", root, *words)
+    assert code == 0, error
+    assert "infonce:blobs@2 -> dense_infonce:blobs@2" in out
+    code, _, error = typed(
+        "pretrain", "infonce", "-p", "self-paced-acdc", "--data", root, *words, "-o", "hook.self-paced.wieght=1"
+    )
+    assert (code, "did you mean weight?" in error) == (2, True), "settings of hooks are checked all the same"
+
+
 def test_a_hook_without_unlabelled_patients_is_refused(typed, tmp_path):
     root = decathlon(tmp_path / "blobs")
     code, _, error = typed("finetune", "--data", root, *SHORT, "--hook", "entropy-minimisation")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,20 @@ def test_a_recipe_trains_the_encoder_then_the_decoder_then_both_on_labels(
     assert set(second["decoder"]) == {key for key in network.state_dict() if key.startswith("decoder.")}
     tuned = work.site.done(chain.finetunings[0].id)
     assert [part.split(":")[0] for part in tuned["chain"].split(" -> ")] == ["infonce", decoder, "segment"]
+
+
+@pytest.mark.parametrize("recipe", ["finetune-acdc-mi", "finetune-acdc-mi-output", "finetune-acdc-prototypes"])
+def test_a_recipe_of_one_stage_trains_with_its_hooks(recipe: str, prepared: Store, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"pretrain": None, "network": {"width": 4}, "data": {"labelled": 2}, "unlabelled": {"batch": 2}}
+    small |= {"finetune": {"side": 16, "training": {"steps": 2, "batch": 2, "evaluations": 1}}}
+    small |= {key: SMALL[key] for key in ("evaluate", "resources")}
+    tree, split = config.read(Path(recipe)), splits.load(prepared, "seed-0")
+    experiment = plan.resolve(config.build(config.stack([tree, small])), prepared, split)
+    chain, work = plan.chain("arm", 0, 1, experiment, prepared, split), work_in(prepared, tmp_path)
+    stages.run_chain(chain, work)
+    losses = work.site.done(chain.finetunings[0].id)["losses"]
+    assert {name.partition("/")[0] for name in losses} == {"dice", "cross_entropy", *tree["hooks"]}
+    assert all(math.isfinite(loss) for loss in losses.values())
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -33,6 +33,25 @@ def test_what_the_board_is_told_is_read_back_to_the_last_digit(tmp_path):
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def test_the_table_of_a_stage_has_a_row_for_every_number_by_group_and_metric(tmp_path):
+    import pyarrow.parquet
+
+    log = History(tmp_path)
+    log.add(1, {"loss/mean_teacher/mse": 0.25, "labelled": math.nan})
+    log.add(2, {"loss/mean_teacher/mse": 0.125})
+    log.close()
+    history.table(tmp_path)
+    rows = pyarrow.parquet.read_table(tmp_path / history.TABLE).to_pylist()
+    assert [(row["step"], row["group"], row["metric"]) for row in rows] == [
+        (1, "loss/mean_teacher", "mse"), (1, "", "labelled"), (2, "loss/mean_teacher", "mse"),
+    ]  # fmt: skip
+    assert [row["value"] for row in rows if row["group"]] == [0.25, 0.125]
+    assert math.isnan(rows[1]["value"])
+    (tmp_path / "none").mkdir()
+    history.table(tmp_path / "none")
+    assert pyarrow.parquet.read_table(tmp_path / "none" / history.TABLE).num_rows == 0
+
+
 def test_a_continued_stage_takes_back_what_it_repeats(tmp_path):
     written(tmp_path, [10, 20, 30, 40], from_first=1.0)
     written(tmp_path, [25, 30, 45])  # continued from a checkpoint at step 20

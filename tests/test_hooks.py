@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medssl.methods import settings
 from medssl.methods.networks.unet import Config as UNetConfig
 from medssl.methods.networks.unet import UNet
 from medssl.methods.optimizers import build
@@ -44,10 +45,10 @@ SMALL: dict[str, dict[str, Any]] = {
 SOURCE = re.compile(r"https?://(arxiv\.org/abs/\d{4}\.\d{4,5}|doi\.org/10\.\d{4,}/\S+|\S+\.\S+/\S+)")
 
 
-def network(seed: int = 0, dims: Any = 2) -> UNet:
+def network(seed: int = 0, dims: Any = 2, norm: Any = "instance") -> UNet:
     """A network that is sure of something: before training none is, and some hooks wait for that."""
     torch.manual_seed(seed)
-    net = UNet(1, 3, UNetConfig(width=4, levels=2, spatial_dims=dims))
+    net = UNet(1, 3, UNetConfig(width=4, levels=2, spatial_dims=dims, norm=norm))
     net.head.weight.data.mul_(10)
     return net
 
@@ -61,19 +62,18 @@ def segment(*names: str, seed: int = 0, dims: int = 2, **settings: Any) -> Any:
 
 
 def batch(dims: int = 2) -> dict[str, Tensor]:
-    """Labelled slices, and unlabelled ones of another size, of which one is smaller than a crop."""
+    """Labelled slices, and unlabelled ones of another size, of which one is smaller than a crop. Volumes have no position."""
     rng = torch.Generator().manual_seed(0)
     sides, others = (12, 10, 9)[:dims], (11, 13, 9)[:dims]
     size = torch.tensor([others, others])
     size[1, 0] = 6
-    return {
+    height = {"unlabelled_position": torch.tensor([0.1, 0.9]), "unlabelled_depth": torch.tensor([9, 12])}
+    return (height if dims == 2 else {}) | {
         "image": torch.rand(3, 1, *sides, generator=rng),
         "label": torch.randint(0, 3, (3, *sides), generator=rng, dtype=torch.uint8),
         "size": torch.tensor(sides).repeat(3, 1),
         "unlabelled_image": torch.rand(2, 1, *others, generator=rng),
         "unlabelled_size": size,
-        "unlabelled_position": torch.tensor([0.1, 0.9]),
-        "unlabelled_depth": torch.tensor([9, 12]),
         "unlabelled_patient": torch.tensor([3, 4]),
         "unlabelled_volume": torch.tensor([6, 8]),
         "unlabelled_phase": torch.tensor([0, 1]),
@@ -305,6 +305,24 @@ def test_saving_loading_and_continuing_equals_not_stopping(name):
     optimizer.load_state_dict(saved["optimizer"])
     assert train(continued, optimizer, range(3, 6)) == uninterrupted
     assert all(torch.equal(a, b) for a, b in zip(subject.predictor.parameters(), continued.predictor.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_untracked_batch_norms_follow_labelled_crops_alone(name):
+    def statistics(names: tuple[str, ...], untracked: bool = False) -> list[Tensor]:
+        net, module = network(norm="batch"), find.load("hook", name)
+        hooks = {each: module.HOOK(net, module.Config(**SMALL.get(each, {}))) for each in names}
+        subject = Segment(net, Config(side=8, crops=1), hooks, settings.Unlabelled(track=not untracked))
+        subject.loss(views(subject), STEP)
+        return [buffer for key, buffer in net.named_buffers() if "running" in key]
+
+    alone, tracked, untracked = statistics(()), statistics((name,)), statistics((name,), untracked=True)
+    assert len(alone) > 4
+    assert not all(torch.equal(a, b) for a, b in zip(alone, tracked, strict=True)) or name == "pdcr", (
+        "it has no pass of its own"
+    )
+    if name in FED:
+        assert all(torch.equal(a, b) for a, b in zip(alone, untracked, strict=True))
 
 
 @pytest.mark.parametrize("name", [name for name in FED if not hasattr(segment(name).hooks[name], "taps")])

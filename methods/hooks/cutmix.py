@@ -67,7 +67,7 @@ class CutMix(nn.Module):
 
         target = self.teacher(pair.image).float().softmax(1)
         confident = agreement.average((target.amax(1) > self.config.threshold).float(), pair.inside)
-        distance = agreement.squared_error(mixed(target), pass_.network(mixed(pair.image)).float().softmax(1))
+        distance = agreement.squared_error(mixed(target), pass_.of(mixed(pair.image)).float().softmax(1))
         term = agreement.average(distance, mixed(pair.inside[:, None])[:, 0])
         return Loss({"mse": weight(self.config, step) * gather.stack(confident).mean() * term}, {"confident": confident})
 

@@ -6,7 +6,8 @@ that of `methods/infonce.py`.
 
     partition, patient, cycle, self    z of a layer's pooled map, of x and of T x            (2m, d)
     place                              z of `places` cells of each crop, of T features(x) and of features(T x), the map
-                                       averaged to `grid` cells per axis; each cell is its own class          (2 m places, d)
+                                       averaged to `grid` cells per axis, or as fine as it is where it has
+                                       fewer; each cell is its own class                                      (2 m places, d)
     L = Σ over meta-labels of their share · mean over i of 1/|P(i)| Σ_{j in P(i)} l_ij
 
 The head belongs to the hook: two layers, of 1x1 convolutions for places. Cells that T x does not show take no part.
@@ -15,6 +16,7 @@ Defaults: the encoder and partitions, as the paper's first term; the decoder's t
 Transfers: nothing of its own.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,19 +53,18 @@ class InfoNCE(nn.Module):
             self.head = infonce.head(channels(network, config.layer), config.hidden, config.d)
 
     def draw(self, pair: Pair, rng: Generator) -> Drawn:
-        """Of "place" the cells of each crop, (m, places) flat indices."""
+        """Of "place" the order of each crop's cells as keys (m, cells): the map's sides are not known yet."""
         if "place" not in self.config.labels:
             return {}
         count = self.config.grid ** (pair.image.dim() - 2)
-        order = torch.rand((len(pair.image), count), generator=rng, device=rng.device).argsort(1)
-        return {"places": order[:, : self.config.places]}
+        return {"order": torch.rand((len(pair.image), count), generator=rng, device=rng.device)}
 
     def terms(self, pass_: Pass, drawn: Drawn, step: Step) -> Loss:
         config, factor = self.config, weight(self.config, step)
         maps = [self.taps.taken(logits)[config.layer] for logits in (pass_.image, pass_.moved)]
         terms, monitors = dict[str, Tensor](), dict[str, Tensor]()
         for kind, share in zip(config.labels, config.shares or [1.0] * len(config.labels), strict=True):
-            z, label, known = self._places(maps, drawn["places"], pass_) if kind == "place" else self._slices(maps, kind, pass_)
+            z, label, known = self._places(maps, drawn["order"], pass_) if kind == "place" else self._slices(maps, kind, pass_)
             joint = [gather.rows(each)[0] for each in z]
             seen = None if known is None else gather.rows(known.float())[0] > 0
             each, positives = infonce.contrast(joint, gather.rows(label)[0], config.temperature, config.rivals, seen)
@@ -71,6 +72,8 @@ class InfoNCE(nn.Module):
             terms[kind] = factor * share * infonce.averaged(each, positives, weights, self.corrected)
             if weights is not None:
                 monitors[f"{kind}/weight"] = infonce.mean_weight(weights, positives)
+            if kind == "cycle":
+                monitors["cycle/known"] = (label >= 0).float().mean()
         return Loss(terms, monitors)
 
     def after_step(self, network: nn.Module, step: Step) -> None:
@@ -83,11 +86,12 @@ class InfoNCE(nn.Module):
         label = infonce.meta_label(kind, pass_.pair.groups, len(z[0]), self.config.partitions, self.config.partition)
         return z, label.to(z[0].device), None
 
-    def _places(self, maps: list[Tensor], places: Tensor, pass_: Pass) -> tuple[list[Tensor], Tensor, Tensor]:
+    def _places(self, maps: list[Tensor], order: Tensor, pass_: Pass) -> tuple[list[Tensor], Tensor, Tensor]:
         """z of both views' cells, (m places, d) each, their classes, and which of them T x shows."""
         x, y = pass_.move(maps[0].float()), maps[1].float()
         valid = within(pass_.pair.valid, y.shape[2:])
-        sides = [self.config.grid] * (y.dim() - 2)
+        sides = [min(self.config.grid, side) for side in y.shape[2:]]
+        places = order[:, : math.prod(sides)].argsort(1)[:, : self.config.places]
         with torch.autocast(y.device.type, enabled=False):
             z = [self.head(cells(averaged_to(each, sides), places)) for each in (x, y)]
         shown = cells(averaged_to(valid[:, None].float(), sides), places)[:, 0] == 1
