@@ -1,7 +1,7 @@
 """BYOL: predict what a slowly moving teacher makes of the other view, without negatives.
 
 Grill et al., "Bootstrap your own latent", NeurIPS 2020, https://arxiv.org/abs/2006.07733. Section and equation numbers are
-that paper's.
+those of the arXiv version, whose sec. 3.3 is appendix A of the proceedings.
 
     x, x'    two views of a slice                                     (n, c, s, s)
     y        feature: mean over the encoder's coarsest map            (n, features)

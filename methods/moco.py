@@ -44,7 +44,7 @@ from medssl.methods.teacher import Teacher
 class Config(settings.PairCrops, settings.Chain):
     d: int = 128  # size of q and k, v1 sec. 3.3
     hidden: int = 2048  # hidden size of the head, v2 sec. 3
-    queue: int = 65536  # K, v1 sec. 4
+    queue: int = 65536  # K, v1 sec. 4.1
     momentum: float = 0.999  # m, v1 sec. 3.2
     temperature: float = 0.2  # τ, v2 sec. 3
 

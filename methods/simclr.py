@@ -14,7 +14,7 @@ Negatives are the other 2N - 2 views of the joint batch, of all workers.
 
 Differences from the paper: images are slices, the two views are crops whose IoU lies in `iou` with the chain of a study on
 abdominal CT, the encoder is that of a segmentation network; slices of one volume are negatives of each other. LARS and its
-rate are the paper's (0.3 · batch / 256, sec. 2.2), at a batch of 128 instead of 4096; for small batches its appendix B.1
+rate are the paper's (0.3 · batch / 256, sec. 2.3), at a batch of 128 instead of 4096; for small batches its appendix B.1
 recommends 0.075 · √batch, 0.85 here. `optimizer=adamw` wants a rate of its own, about 3e-4. The hidden layer of the head is
 batch-normalised as in the authors' code; its end is not, unlike there, so that the monitor of z can see a collapse.
 Transfers: the encoder. The projector is dropped.
@@ -37,7 +37,7 @@ from medssl.methods.protocol import Batch, Loss, Method, Step, Views
 class Config(settings.PairCrops, settings.Chain):
     temperature: float = 0.1  # τ; table 5, the best on ImageNet
     d: int = 128  # size of z, sec. 2.3
-    hidden: int | None = None  # hidden size of the head; None: that of the features, sec. 2.1
+    hidden: int | None = None  # hidden size of the head; None: that of the features, as in the authors' code
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,7 @@ class Config(settings.PairCrops, settings.Chain):
 @dataclass(frozen=True, kw_only=True)
 class Training(settings.Training):
     optimizer: settings.Optimizer = "lars"  # sec. 2.2
-    lr: float = 0.15  # at batch 128: 0.3 · batch / 256, sec. 2.2
+    lr: float = 0.15  # at batch 128: 0.3 · batch / 256, sec. 2.3
     weight_decay: float = 1e-6  # sec. 2.3
     warmup: float = 0.1  # 10 of 100 epochs, sec. 2.3
     end_lr: float = 0.0

@@ -307,6 +307,7 @@ def build(tree: Mapping[str, Any]) -> Experiment:
     unlabelled = _dataclass(Unlabelled, tree.get("unlabelled") or {}, "unlabelled")
     for section, part in (("pretrain", pretrain), ("further", further)):
         if part:
+            _refuse_labels(section, part.name)
             _refuse_encoder(section, part.name, network.name)
     return Experiment(
         data=_dataclass(Data, tree.get("data") or {}, "data"),
@@ -322,6 +323,22 @@ def build(tree: Mapping[str, Any]) -> Experiment:
         unlabelled=unlabelled if any(_fed(hook) for hook in hooks) else None,
         given=tree,
     )
+
+
+def rebuilt(tree: Mapping[str, Any]) -> Experiment:
+    """The experiment whose `tree` this is, as run.json holds it; its stages have the ids that they had.
+
+    Of a float, 225.0 was typed, in whichever way, and 225 is a default as its file spells it (`epochs: float = 225`). Ids tell
+    the two apart, and `build` takes both for typed.
+    """
+    experiment = build(tree)
+    trained = {section: getattr(experiment, section) for section in ("pretrain", "further", "finetune")}
+    for section, part in trained.items():
+        if part and part.training:
+            said = tree[section]["training"]
+            spelt = {name: said[name] for name, value in vars(part.training).items() if type(value) is float and name in said}
+            trained[section] = dataclasses.replace(part, training=dataclasses.replace(part.training, **spelt))
+    return dataclasses.replace(experiment, **trained)
 
 
 def _fed(hook: Part) -> bool:
@@ -340,6 +357,14 @@ def _hooks(tree: Any) -> tuple[Part, ...]:
     if len(predict := [hook.name for hook in hooks if find.constant("hook", hook.name, "PREDICTS", False)]) > 1:
         raise UsageError(f"hooks: {' and '.join(predict)} each bring the network that predicts; choose one of them")
     return hooks
+
+
+def _refuse_labels(section: str, method: str) -> None:
+    if method == "segment":
+        raise UsageError(
+            f"{section}.name=segment learns from labels, which is fine-tuning: use `medssl finetune`; a pretraining can begin "
+            "with what that leaves, `--from …/best.pt`"
+        )
 
 
 def _refuse_encoder(section: str, method: str, network: str) -> None:

@@ -104,7 +104,7 @@ def read(run: str) -> Trained:
     said = json.loads((folder / "run.json").read_text())
     if not (folder / "done.json").exists():
         raise UsageError(f"{folder.name} is not finished; `medssl status` shows how far it is")
-    experiment, store = config.build(said["config"]), Store.open(Path(said["store"]))
+    experiment, store = config.rebuilt(said["config"]), Store.open(Path(said["store"]))
     torch.manual_seed(said["encoder_seed"])
     network = stages.network(experiment, store.channels, len(store.classes)).eval()
     selective = None if said["kind"] == "pretrain" else experiment.finetune.uafs

@@ -358,7 +358,8 @@ def same(store: Store, source: Source, preset: Preset) -> Store:
     """The store, if it is what would be prepared now. Raises UsageError saying how it differs."""
     if store.source != source.version:
         raise UsageError(
-            f"{store.root} was prepared from other files than {source.root} holds now; prepare it anew with --overwrite"
+            f"{store.root} was prepared from other files than {source.root} holds now, or from these with other times of "
+            "modification; prepare it anew with --overwrite, and equal scans keep their content hash, so that runs stay valid"
         )
     before, now = dataclasses.asdict(store.preset), dataclasses.asdict(preset)
     changed = ", ".join(f"{key} {before[key]} instead of {now[key]}" for key in now if before[key] != now[key])

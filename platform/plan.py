@@ -143,7 +143,7 @@ def _resolved_pretraining(section: str, part: Part, experiment: Experiment, volu
     """A pretraining with its steps and the side of its views."""
     dims = experiment.spatial_dims
     if dims == 3 and find.constant("method", part.name, "SLICES_ONLY", False):
-        raise UsageError(f"{section}.name={part.name} trains on slices only; leave it out, or set network.spatial_dims=2")
+        raise UsageError(f"{section}.name={part.name} trains on slices only; choose another, or set network.spatial_dims=2")
     part, sizes = _with_training(part, _elements(volumes, dims)), _sizes(volumes, dims)
     if getattr(part.settings, "side", 0) is None:
         whole = dims == 2 and find.constant("method", part.name, "VIEWS", "crops") == "whole slices"
@@ -366,8 +366,6 @@ def _refuse_probes(experiment: Experiment, store: Store, split: Split) -> None:
             f"pretrain.training.probes needs labelled training and validation patients; split {split.name} has "
             f"{len(split.labelled)} and {len(annotated & set(split.val))}; set it to 0, or label some"
         )
-    if experiment.spatial_dims != 2:
-        raise UsageError("pretrain.training.probes needs slices: set it to 0 where network.spatial_dims is 3")
 
 
 def _probes(pretrain: Part | None) -> int:

@@ -5,8 +5,8 @@
                than the one that follows
     training   monitors at the last report: collapse index (0 spread, 1 a point), spread and effective rank of the features of
                views; a method reports those that mean something for it
-    probe      of the frozen encoder on validation slices (`pretrain.training.probes`), before the first step and at the end:
-               Dice of a linear classifier, balanced accuracy of nearest neighbours, effective rank
+    probe      of the frozen encoder on validation slices or cubes (`pretrain.training.probes`), before the first step and at
+               the end: Dice of a linear classifier, balanced accuracy of nearest neighbours, effective rank
     steps/s    between the first and the last report, looks and what a kill made a process repeat included
 
 A pretraining that several arms share has one row, of the first of them. Whether pretraining helps is another question: the

@@ -119,7 +119,7 @@ def _finetuned(name: str) -> tuple[Path, config.Experiment, Store]:
     run = json.loads((folder / "run.json").read_text())
     if run["kind"] != "finetune" or not (folder / "done.json").exists():
         raise UsageError(f"{folder.name} is not a finished fine-tuning")
-    return folder, config.build(run["config"]), Store.open(Path(run["store"]))
+    return folder, config.rebuilt(run["config"]), Store.open(Path(run["store"]))
 
 
 def evaluate_run(name: str) -> dict[str, Any]:

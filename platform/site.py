@@ -93,12 +93,13 @@ class Site:
         own = path.name == "encoder.pt" and (path.parent / "run.json").is_file()  # one pretraining, one identity
         if path.is_file() and not own:
             return path
-        if path.suffix in (".pt", ".pth", ".ckpt", ".tar", ".bin") and not own:
+        if path.suffix in (".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors") and not own:
             raise UsageError(f"start.weights={name}: no such file")
         folder = path.parent if own else self.find_stage(name)
         run = json.loads((folder / "run.json").read_text())
         if run["kind"] != "pretrain" or not (folder / "done.json").is_file():
-            raise UsageError(f"start.weights={name}: {folder.name} is not a finished pretraining")
+            tuned = f"; of a fine-tuning, give its file {folder / 'best.pt'}" if (folder / "best.pt").is_file() else ""
+            raise UsageError(f"start.weights={name}: {folder.name} is not a finished pretraining{tuned}")
         return folder
 
     def find_sweep(self, name: str | None) -> Path:

@@ -282,8 +282,9 @@ def _probing(job: Job, method: Method, encoder: Any, hear: Hear) -> tuple[list[d
     assert part is not None
     classes = Store.open(work.store).classes
     learnt_from, asked = probed_patients(work.split)
-    reference = probe.thinned(work.slices("train", learnt_from).volumes())
-    validation = probe.thinned(work.slices("val", asked).volumes())
+    side = part.settings.side if job.experiment.spatial_dims == 3 else None
+    reference = probe.thinned(work.slices("train", learnt_from).volumes(), side)
+    validation = probe.thinned(work.slices("val", asked).volumes(), side)
     readings: list[dict[str, float]] = json.loads(file.read_text()) if file.exists() else []
     for reading in readings:  # of the process that this one continues
         hear(int(reading["step"]), reading["dice"])

@@ -16,7 +16,8 @@ adapts to the channels of the data: c channels become 1 by their sum, and n > 1 
 an image of n equal channels gives what one of c equal channels gave (in the BYOL study, https://arxiv.org/abs/2209.00314, c
 is 3 or 1). Positional embeddings of a ViT on another square grid are interpolated; everything else must fit as it is.
 
-Files are read with `weights_only`: nothing in them is run.
+Files are read with `weights_only`: nothing in them is run. Those that end in `.safetensors`, as timm's on the Hugging Face hub
+and what `medssl export` writes, are a state_dict of any of these layouts; ours carry their chain along.
 """
 
 import math
@@ -142,6 +143,10 @@ def handed_on(state: Mapping[str, Tensor], what: str) -> dict[str, State]:
 
 def read(file: Path) -> Weights:
     """The encoder in a file, in our names. Raises RunError for a file that is none, or that only pickled code could open."""
+    if file.suffix == ".safetensors":
+        tensors, said = _safetensors(file)
+        layout, state, left = _encoder("", tensors, {})
+        return Weights(layout, state, left, said["chain"] if "medssl" in said else f"{file.name.split('.')[0]} ({layout})")
     held = _load(file)
     if isinstance(held, Mapping) and {"format", "digest", "state"} <= held.keys():
         held = checkpoint.load(file)
@@ -171,6 +176,21 @@ def _load(file: Path) -> Any:
         ) from error
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError) as error:
         raise RunError(f"{file}: not a checkpoint that torch can read ({str(error)[:100] or 'empty'})") from error
+
+
+def _safetensors(file: Path) -> tuple[State, dict[str, str]]:
+    """What a file in the safetensors format holds, and what its metadata say."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise RunError(f"{file}: reading it needs the package safetensors; pip install 'medssl[safetensors]'") from error
+    try:
+        with safe_open(file, "pt") as held:
+            return {key: held.get_tensor(key) for key in held.keys()}, held.metadata() or {}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError as error:
+        raise RunError(f"{file}: no such file of weights") from error
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{file}: not a file that safetensors can read ({str(error)[:100]})") from error
 
 
 def _tensors(value: Any) -> bool:

@@ -241,7 +241,7 @@ def test_pretrain_finetune_evaluate_predict(typed, tmp_path):
     assert np.allclose(predicted.affine, nibabel.load(source).affine)
     assert (np.asarray(predicted.dataobj) == np.asarray(label.dataobj)).mean() > 0.95
     code, _, error = typed("finetune", "--from", run, "--data", root, *TINY)
-    assert (code, "not a finished pretraining" in error) == (2, True)
+    assert (code, "not a finished pretraining; of a fine-tuning, give its file" in error, "best.pt" in error) == (2, True, True)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(typed, tmp_path):

@@ -1,9 +1,13 @@
 """Settings: stacked left to right, checked whole before anything starts, named in the error that refuses them."""
 
 import dataclasses
+import json
+import typing
 
+import pydantic
 import pytest
 
+from medssl.methods.settings import UAFS, Unlabelled
 from medssl.platform import config, find
 from medssl.platform.errors import UsageError
 
@@ -30,6 +34,36 @@ def test_null_pretraining_is_from_scratch():
 def test_the_tree_of_an_experiment_builds_the_same_experiment():
     experiment = build(pretrain__iou=(0.0, 0.3), pretrain__ends="(]", network__width=8, data__labelled=2)
     assert config.build(experiment.tree()) == experiment
+
+
+@pytest.mark.parametrize("name", [name for name in find.names("method") if name != "segment"])
+def test_an_experiment_rebuilt_from_its_run_is_hashed_as_it_was(name):
+    """225 and 225.0 are one number with two hashes; a default may be spelt as the first, what was typed is the second."""
+    network = {"name": find.constant("method", name, "ENCODERS", ("unet",))[0]}
+    for training in ({}, {"epochs": 225}, {"epochs": 100.0}, {"epochs": 2.5, "steps": 7, "snapshots": [0.5, 3]}):
+        tree = {"network": network, "pretrain": {"name": name, "training": training}, "further": {"name": name}}
+        experiment = config.build(tree)
+        said = json.loads(json.dumps(experiment.tree()))
+        assert config.digest(config.rebuilt(said).tree()) == config.digest(experiment.tree())
+        assert config.rebuilt(said) == experiment
+
+
+def settings_classes():
+    kinds = [("method", "Config"), ("method", "Training"), ("network", "Config"), ("hook", "Config")]
+    yield from (find.settings(kind, name, which) for kind, which in kinds for name in find.names(kind))
+    yield from (config.Data, config.Start, config.Evaluate, config.Resources, Unlabelled, UAFS)
+
+
+def test_no_default_but_the_epochs_is_spelt_otherwise_than_the_same_value_typed():
+    """`epochs` was, before anyone saw that ids follow the spelling; `config.rebuilt` is for it."""
+    spelt_otherwise = set()
+    for cls in settings_classes():
+        hints = typing.get_type_hints(cls, include_extras=True)
+        for entry in dataclasses.fields(cls):
+            typed = pydantic.TypeAdapter(hints[entry.name]).validate_python(entry.default)
+            if repr(typed) != repr(entry.default):
+                spelt_otherwise.add(entry.name)
+    assert spelt_otherwise == {"epochs"}
 
 
 def test_defaults_are_those_of_the_files_themselves():
@@ -68,6 +102,7 @@ def test_defaults_are_those_of_the_files_themselves():
         ({"hooks": 3}, r"hooks: expected names with their settings"),
         ({"hook": {"consistency": {}}}, r'unknown section "hook"; did you mean hooks\?'),
         ({"hooks": ["mean-teacher", "uncertainty-mean-teacher"]}, r"each bring the network that predicts; choose one"),
+        ({"pretrain": "segment"}, r"pretrain.name=segment learns from labels.*use `medssl finetune`"),
         ({"unlabelled": {"batch": 0}}, r"unlabelled: batch is 0"),
         ({"unlabelled": {"bacth": 1}}, r'unknown key "unlabelled.bacth"; did you mean batch\?'),
     ],

@@ -42,12 +42,12 @@ class Seer(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         fine = F.one_hot((x[:, 0] * 255).round().long(), 3).movedim(-1, 1).float()
-        return [fine, F.adaptive_max_pool2d(fine, 1)]
+        return [fine, fine.amax(tuple(range(2, fine.dim())), keepdim=True)]
 
 
 class Blind(Seer):
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [torch.ones(len(x), 4, *side) for side in ((6, 5), (2, 2))]
+        return [torch.ones(len(x), 4, *side[: x.dim() - 2]) for side in ((6, 5, 3), (2, 2, 1))]
 
 
 def test_a_probe_of_features_that_hold_the_label_is_right() -> None:
@@ -149,6 +149,77 @@ def test_volumes_are_thinned_evenly_and_those_without_a_label_are_left_out() -> 
     assert set(np.diff(rows)) <= {3, 4}
 
 
+# Three dimensions
+
+
+def cubes(patients: range, side: int = 6) -> list[Volume]:
+    """The volumes of `volumes`, whose lowest third shows background alone, as cubes."""
+    return probe.thinned(volumes(patients, d=18, sides=(12, 9)), side)
+
+
+def test_a_probe_of_cubes_is_right_where_their_features_hold_the_label_and_at_chance_where_they_are_constant() -> None:
+    seen = probe.look(Seer().eval(), cubes(range(4)), cubes(range(4, 7)), CLASSES)
+    assert (seen.dice, seen.knn) == (1, 1)
+    assert seen.rank > 1.5
+    blind = probe.look(Blind().eval(), cubes(range(4)), cubes(range(4, 7)), CLASSES)
+    assert (blind.dice, blind.knn) == (0, 0.5)
+    assert blind.rank == pytest.approx(1, abs=1e-3)
+    assert blind.spread == pytest.approx(0, abs=1e-6)
+
+
+class Flat(nn.Module):
+    """Three random convolutions of slices, each coarser than the one before; of volumes that are one slice thick, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Conv2d(a, b, 3, 2, 1) for a, b in ((1, 4), (4, 6), (6, 8))])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        solid, maps = x.dim() == 5, []
+        x = (x[..., 0] if solid else x) * 100
+        for layer in self.layers:
+            x = layer(x).relu()
+            maps.append(x[..., None] if solid else x)
+        return maps
+
+
+def test_the_probe_of_volumes_one_slice_thick_is_that_of_the_slices() -> None:
+    def solid(flat: list[Volume]) -> list[Volume]:
+        return [Volume(v.patient, v.volume, v.image[..., None], v.label[..., None], v.spacing_mm) for v in flat]  # type: ignore[index]
+
+    reference, validation = volumes(range(4), d=20), volumes(range(4, 7), d=20)
+    flat = probe.look(Flat().eval(), reference, validation, CLASSES)
+    thick = probe.look(Flat().eval(), solid(reference), solid(validation), CLASSES)
+    assert 0 < flat.dice < 1
+    assert vars(thick) == pytest.approx(vars(flat), rel=1e-4)
+
+
+def test_cubes_lie_evenly_apart_from_each_other_and_what_pads_them_is_not_labelled() -> None:
+    h, w, d = 20, 13, 5
+    where = torch.arange(d * h * w, dtype=torch.int16).view(d, h, w)
+    made = Volume("p", "v", where[:, None], torch.zeros(d, h, w, dtype=torch.uint8), (1.0, 1.0, 1.0))
+    (cut,) = probe.thinned([made, Volume("q", "u", where[:, None], None, (1.0, 1.0, 1.0))], 6)
+    assert cut.label is not None
+    assert cut.image.shape == (3 * 2 * 1, 1, 6, 6, 6)
+    assert (cut.label[..., d:] == UNLABELLED).all()
+    assert not cut.label[..., :d].any()
+    assert not cut.image[..., d:].any()
+    corners = [np.unravel_index(int(number), (d, h, w))[1:] for number in cut.image[:, 0, 0, 0, 0]]
+    assert corners == [(row, column) for row in (0, 7, 13) for column in (0, 6)]
+    inside = cut.image[:, 0, :, :, :d].flatten()
+    assert len(inside.unique()) == len(inside)
+    assert torch.equal(cut.image[0, 0, :, :, :d].movedim(-1, 0), where[:, :6, :6])
+
+
+def test_no_volume_has_more_cubes_than_its_share_of_voxels_but_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "VOXELS", 6**3 * 3)
+    (few,) = probe.thinned(volumes(range(1), d=18, sides=(12, 12)), 6)  # of 12
+    assert len(few.image) == 3
+    monkeypatch.setattr(probe, "VOXELS", 1)
+    assert [len(cut.image) for cut in probe.thinned(volumes(range(2), d=18, sides=(12, 12)), 6)] == [2, 2]
+
+
 # A pretraining and its probes
 
 
@@ -175,9 +246,10 @@ def prepared(tmp_path_factory: Any) -> Store:
 class Pretraining:
     """One pretraining in a runs folder of its own, with what its probes told."""
 
-    def __init__(self, store: Store, runs: Path, probes: int):
+    def __init__(self, store: Store, runs: Path, probes: int, dims: int = 2):
         split = splits.load(store, "seed-0")
-        experiment = config.build(config.stack([SMALL, {"pretrain": {"training": {"probes": probes}}}]))
+        changes = {"network": {"spatial_dims": dims}, "pretrain": {"training": {"probes": probes}}}
+        experiment = config.build(config.stack([SMALL, changes]))
         chain = plan.chain("arm", 0, 0, plan.resolve(experiment, store, split), store, split)
         self.chain, self.work = chain, stages.Work(Site(store.root.parent, runs), store.root, split)
         self.told: list[tuple[int, float]] = []
@@ -247,6 +319,25 @@ def test_what_is_probed_before_the_first_step_is_the_encoder_that_a_run_from_scr
         prepared.classes,
     )
     assert pretraining.told[0] == (0, pytest.approx(reading.dice))
+
+
+def test_a_pretraining_on_volumes_is_probed_on_cubes_of_its_own_side_and_unchanged(prepared: Store, tmp_path: Path) -> None:
+    plain, probed = (Pretraining(prepared, tmp_path, probes, dims=3) for probes in (0, 1))
+    plain.run()
+    probed.run()
+    assert [step for step, _ in probed.told] == [0, 9]
+    assert plain.weights == probed.weights
+    learnt_from, asked = plan.probed_patients(probed.work.split)
+    torch.manual_seed(probed.chain.encoder_seed)
+    encoder = stages.network(probed.chain.experiment, prepared.channels, len(prepared.classes)).encoder.eval()
+    given = [
+        probe.thinned(probed.work.slices(part, patients).volumes(), 16)
+        for part, patients in (("train", learnt_from), ("val", asked))
+    ]
+    assert {cut.image.shape[1:] for cuts in given for cut in cuts} == {(1, 16, 16, 16)}
+    reading = probe.look(encoder, *given, prepared.classes)
+    assert probed.told[0][1] == pytest.approx(reading.dice)
+    assert 0 <= reading.dice < 1
 
 
 def test_probes_where_they_cannot_be_are_refused_before_anything_starts(prepared: Store) -> None:

@@ -222,6 +222,27 @@ def test_every_layout_gives_the_weights_that_were_put_in(name: str, tmp_path: Pa
             assert torch.equal(value, source[key]), key
 
 
+@pytest.mark.parametrize("name", ["ResNet", "timm ViT", "whole network"])
+def test_a_file_in_the_safetensors_format_is_the_state_dict_that_it_holds(name: str, tmp_path: Path) -> None:
+    """As timm's weights come from the Hugging Face hub; ours say in their metadata how they came to be."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    build = {"ResNet": ResNet, "timm ViT": ViT, "whole network": u_net}[name]
+    source = filled(build()).state_dict()
+    written = under("encoder.", source) | under("decoder.", other(source)) if name == "whole network" else source
+    save_file(written, tmp_path / "given.safetensors", metadata={"format": "pt", "chain": "not ours"})
+    found, report = weights.begin(fresh := filled(build(), seed=2), tmp_path / "given.safetensors")
+    assert report.exact
+    assert checkpoint.digest(fresh.state_dict()) == checkpoint.digest(source)
+    assert found.chain.startswith("given (")
+    save_file(written, tmp_path / "ours.safetensors", metadata={"medssl": "0.1.0", "chain": "byol:acdc@25"})
+    assert weights.read(tmp_path / "ours.safetensors").chain == "byol:acdc@25"
+
+    (tmp_path / "broken.safetensors").write_bytes(b"hello")
+    for file, message in (("broken", "not a file that safetensors can read"), ("absent", "no such file of weights")):
+        with pytest.raises(RunError, match=message):
+            weights.read(tmp_path / f"{file}.safetensors")
+
+
 @pytest.mark.parametrize("kind", ["pretraining", "fine-tuning"])
 def test_files_of_medssl_itself_carry_their_chain(kind: str, tmp_path: Path) -> None:
     source = filled(u_net()).state_dict()
