@@ -57,6 +57,7 @@ WIDTH = 7.2  # inches: both columns of a journal's page
 MOST = 40  # arms in the forest plot
 BOXES = 8  # arms in a panel of box plots
 PANELS = 12  # histograms, classes or parameters in one figure
+LETTERS = (108, 0)  # points from where "0.802  [-0.123, 0.456]" begins to the letters behind it
 POINTS = 250  # of a curve; more cannot be seen
 
 
@@ -155,7 +156,7 @@ def forest(board: Leaderboard) -> Figure:
     rows = [row for number, row in enumerate(rows) if number < MOST or row.arm == board.control]
     with _styled():
         figure = _figure(0.9 + 0.36 * len(rows))
-        axes, beside = figure.subplots(1, 2, sharey=True, width_ratios=(3.4, 1.45))
+        axes, beside = figure.subplots(1, 2, sharey=True, width_ratios=(3.0, 1.65))
         axes.set_xlim(*_limits(rows))
         reference = next((row.mean for row in rows if row.arm == board.control), None)
         if reference is not None:
@@ -166,9 +167,13 @@ def forest(board: Leaderboard) -> Figure:
             units = [float(np.mean(group)) for group in row.scores]
             axes.plot(units, [y + 0.24] * len(units), "o", color=colour, markersize=3, alpha=0.6, markeredgewidth=0, gid="dots")
             beside.text(0, y, f"{words.number(row.mean)}  {_bracketed(row)}", va="center", fontsize=8)
-            beside.text(0.8, y, _short(row.letters, 8), va="center", fontsize=8, gid="letters")
+            letters = beside.annotate(
+                _short(row.letters, 8), (0, y), LETTERS, textcoords="offset points", va="center", fontsize=8
+            )
+            letters.set_gid("letters")
         beside.text(0, -0.85, "mean  [95 % interval]", va="center", fontsize=8, color=SOFT)
-        beside.text(0.8, -0.85, "group", va="center", fontsize=8, color=SOFT)
+        beside.annotate("group", (0, -0.85), LETTERS, textcoords="offset points", va="center", fontsize=8, color=SOFT,
+                        annotation_clip=False)  # fmt: skip
         beside.set_axis_off()
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), [f"{_short(row.arm)}  {row.k}×{row.m}" for row in rows])
@@ -610,7 +615,8 @@ def _legend(figure: Figure, paint: Mapping[str, str], control: str) -> None:
     ]
     if OTHERS in paint.values():
         handles.append(Line2D([], [], color=OTHERS, label=words.count(list(paint.values()).count(OTHERS), "other arm")))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    widest = 36 + 4.7 * max(len(str(handle.get_label())) for handle in handles)  # points, at 8 of them a letter
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, len(handles), int(72 * WIDTH / widest))))
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:

@@ -4,6 +4,7 @@ It is made of what lies in the folders and so can be made at any time: what an u
 out, with a line that says why.
 """
 
+import dataclasses
 import json
 import math
 import shlex
@@ -57,6 +58,7 @@ class Evidence:
     chains: Sequence[Chain]
     found: Scored | None
     board: Leaderboard | None
+    searched: Leaderboard | None  # that of the search, every arm in it; the same one where nothing is confirmed
     unranked: str  # why there is no leaderboard
     metric: str
 
@@ -66,10 +68,17 @@ class Evidence:
         chains = sweep.chains()
         try:
             found = answers.scored(site, folder, metric)
-            board = leaderboard.rank(found.runs, sweep.control, metric=metric, wanted=wanted, compare=sweep.compare)
         except RunError as error:  # nothing has been scored yet
-            return cls(site, sweep, chains, None, None, str(error), metric)
-        return cls(site, sweep, chains, found, board, "", metric)
+            return cls(site, sweep, chains, None, None, None, str(error), metric)
+
+        def ranked(scored: Scored) -> Leaderboard:
+            return leaderboard.rank(scored.runs, sweep.control, metric=metric, wanted=wanted, compare=sweep.compare)
+
+        board = ranked(found)
+        if found.phase == "search":
+            return cls(site, sweep, chains, found, board, board, "", metric)
+        noted = dataclasses.replace(board, notes=(answers.CONFIRMED, *board.notes))
+        return cls(site, sweep, chains, found, noted, ranked(answers.scored(site, folder, metric, "search")), "", metric)
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
@@ -90,8 +99,9 @@ class Evidence:
 
     @property
     def arms(self) -> list[str]:
-        """In the order of the leaderboard, or as asked for."""
-        return [row.arm for row in self.board.rows] if self.board else list(self.sweep.arms())
+        """Every arm once: those of the leaderboard in its order, then those that the search ranks, then as asked for."""
+        ranked = [row.arm for board in (self.board, self.searched) if board for row in board.rows]
+        return list(dict.fromkeys([*ranked, *self.sweep.arms()]))
 
 
 def write(name: str | None, out: Path | None, folder: Path | None, metric: str, wanted: float, *, say: Say) -> list[Path]:
@@ -131,8 +141,8 @@ def _drawings(evidence: Evidence, say: Say) -> Iterator[Drawing]:
 
 
 def _of_scores(evidence: Evidence) -> Iterator[Drawing]:
-    board, found = evidence.board, evidence.found
-    if board is None or found is None:
+    board, found, searched = evidence.board, evidence.found, evidence.searched
+    if board is None or found is None or searched is None:
         yield Drawing("forest", "Arms", "", why=evidence.unranked)
         return
     if any(row.mean is not None for row in board.rows):
@@ -141,14 +151,20 @@ def _of_scores(evidence: Evidence) -> Iterator[Drawing]:
             "pretrainings, the dashed line is the control. Arms that share a letter cannot be told apart. k×m: pretrainings "
             "and fine-tunings of each."
         )
-        yield Drawing("forest", "Arms", caption, figures.forest(board))
+        yield Drawing("forest", "Arms, confirmed" if found.phase == "confirm" else "Arms", caption, figures.forest(board))
+    if searched is not board and any(row.mean is not None for row in searched.rows):
+        caption = (
+            "The same for every arm of the search, on its own pretrainings. These scores chose the arms above, and flatter "
+            "them; the confirmation does not."
+        )
+        yield Drawing("forest-search", "Arms of the search", caption, figures.forest(searched))
     intervals = _intervals(evidence.sweep.arms())
-    if len({intervals[row.arm] for row in board.rows if row.arm in intervals and row.mean is not None}) > 1:
+    if len({intervals[row.arm] for row in searched.rows if row.arm in intervals and row.mean is not None}) > 1:
         caption = (
             "A bar spans the interval that the IoU of a pair of crops was drawn from, at the height of the arm's mean; "
             "the line through its middle is the 95 % interval. Dashed: arms without an interval."
         )
-        yield Drawing("over-interval", "Over the IoU interval", caption, figures.over_interval(board, intervals))
+        yield Drawing("over-interval", "Over the IoU interval", caption, figures.over_interval(searched, intervals))
     scores = answers.by_class(evidence.site, found, evidence.metric)
     if scores:
         caption = (
@@ -157,7 +173,7 @@ def _of_scores(evidence: Evidence) -> Iterator[Drawing]:
         )
         order = [name for name in Store.open(evidence.sweep.store).classes if name in scores]
         scores = {name: scores[name] for name in (*order, *sorted(scores.keys() - set(order)))}
-        drawn = figures.classes(scores, evidence.arms, board.control, evidence.metric)
+        drawn = figures.classes(scores, [row.arm for row in board.rows], board.control, evidence.metric)
         yield Drawing("classes", "Per class", caption, drawn)
     yield from _labelled(evidence, board)
 
@@ -218,8 +234,8 @@ def _common(labels: Sequence[str]) -> str:
 
 
 def _of_search(evidence: Evidence) -> Iterator[Drawing]:
-    """Score over the parameters that the arms vary."""
-    board = evidence.board
+    """Score over the parameters that the arms vary, as every arm has it from the search."""
+    board = evidence.searched
     if board is None:
         return
     scored = {row.arm for row in board.rows if row.mean is not None}

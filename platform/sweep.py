@@ -304,6 +304,8 @@ def dry_run(
     calibrate: bool = False,
 ) -> str:
     """The plan of a request, as text. Imports neither torch (unless to calibrate) nor ray (unless to ask a cluster)."""
+    from medssl.platform import race
+
     request = _settled(request)
     space, controls, grid = _check(request)
     store = catalogue.open_store(request.data, say=say)
@@ -315,9 +317,7 @@ def dry_run(
         text += f"\nsearch   {request.search}: up to {request.trials} more arms, losing ones stopped after a pretraining"
     most = None
     if request.search == "race":
-        from medssl.platform.race import Race
-
-        most = Race(tuple(controls), sweep.k, sweep.confirm).allowance(len(arms))
+        most = race.Race(tuple(controls), sweep.k, sweep.confirm).allowance(len(arms))
         text += f"\nrace     at most {most} of the {len(arms) * sweep.k} pretrainings above, those of losing arms left out"
     if sweep.confirm:
         text += f"\nconfirm  {sweep.confirm} fresh pretrainings of the two leading arms and of each control"
@@ -328,14 +328,20 @@ def dry_run(
         chains += [plan.chain("searched", FRESH + n, sweep.m, usual, store, split) for n in range(more)]
     again = [(label, FRESH + n) for label in controls for n in range(sweep.confirm)]
     chains += [plan.chain(label, n, sweep.m, arms[label], store, split) for label, n in again]
-    rivals = sum(sweep.compare.get(label, sweep.control) != label for label in arms)
-    text += _outlook(sweep, chains, rivals, say, address=address, price=price, wanted=wanted, calibrate=calibrate)
-    return f"{space.QUESTION}\n{text}\nsmallest p that {sweep.k} pretrainings per arm can give: {smallest_p(sweep.k):.3g}"
+    # what the leaderboard will test: the confirmed arms where some are confirmed, else all
+    k = sweep.confirm or sweep.k
+    given = arms if grid is not None and not sweep.confirm else controls
+    others = race.FINALISTS if sweep.confirm else request.trials if grid is None else 0
+    rivals = others + sum(sweep.compare.get(label, sweep.control) != label for label in given)
+    text += _outlook(sweep, chains, k, rivals, say, address=address, price=price, wanted=wanted, calibrate=calibrate)
+    what = "fresh pretrainings per confirmed arm" if sweep.confirm else "pretrainings per arm"
+    return f"{space.QUESTION}\n{text}\nsmallest p that {k} {what} can give: {smallest_p(k):.3g}"
 
 
 def _outlook(
     sweep: Sweep,
     chains: list[Chain],
+    k: int,
     comparisons: int,
     say: Say,
     *,
@@ -364,7 +370,7 @@ def _outlook(
     at_once = places.share(base.resources, machines)[1]
     found = planner.noise(site, store, split, base.evaluate.metric)
     lines = planner.describe(chains, site, hands, at_once, planner.Paces(site, measured), price)
-    lines += planner.power(found, sweep.k, sweep.m, max(comparisons, 1), wanted)
+    lines += planner.power(found, k, sweep.m, max(comparisons, 1), wanted)
     return "".join(f"\n{line}" for line in lines)
 
 
@@ -493,9 +499,11 @@ def _chosen(sweep: Sweep, nested: "search.NestedSearch") -> str:
         return ""
     best = found[0]
     stopped = sum(arm.stopped is not None for arm in nested.arms.values())
+    fell = bool(nested.confirming) and best.arm not in (nested.confirming or ())
+    beside = "; not confirmed itself: the confirmed arms fell behind it on their fresh pretrainings" if fell else ""
     return (
         f"\nchosen   {best.arm}: validation {best.posterior:.3f} by posterior mean ({best.mean:.3f} over its {best.k} "
-        f"pretrainings); {len(found)} arms, {stopped} given up early\n"
+        f"pretrainings); {len(found)} arms, {stopped} given up early{beside}\n"
     )
 
 
@@ -724,7 +732,7 @@ def connected(address: str | None) -> Iterator[None]:
         return
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises bare ones, too, as when the machine is too busy to start it in time
         raise RunError(f"Ray did not start ({address or 'on this machine'}): {error}") from error
     try:
         yield

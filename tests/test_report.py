@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from medssl import cli
-from medssl.platform import answers, catalogue, page, report, stages, sweep
+from medssl.platform import answers, catalogue, page, report, search, stages, sweep
 from medssl.platform.datasets import phantom
 from medssl.platform.errors import UsageError
 from medssl.platform.site import Site
@@ -234,6 +234,25 @@ def test_a_browser_opens_it_offline_and_photographs_it(written, tmp_path):
     dark = (picture.mean(-1) < 0.5).mean(1)  # by line: text and figures from top to bottom, on a white page
     assert picture.mean() > 0.8
     assert all((part > 0).any() for part in np.array_split(dark, 8))
+
+
+def test_a_confirmed_search_is_answered_by_the_confirmation_and_drawn_with_every_arm(here, tmp_path):
+    arms = {"from scratch": {"pretrain": None}} | {f"lr {lr}": {"pretrain.training.lr": lr} for lr in (0.01, 0.02, 0.04)}
+    found = computed("confirmed", arms, 1, 1)
+    fresh = {label: {"confirm": [search.CONFIRM, search.CONFIRM + 1]} for label in ("from scratch", "lr 0.02")}
+    (found.folder / "repeats.json").write_text(json.dumps(fresh))
+    store = catalogue.open_store("tiny", say=print)
+    for chain in found.chains("confirm"):
+        stages.run_chain(chain, stages.Work(Site.here(), store.root, catalogue.split(store, found.split)))
+    evidence = report.Evidence.gather(Site.here(), found.folder, "dice", 0.01)
+    assert evidence.board
+    assert {row.arm for row in evidence.board.rows} == set(fresh)
+    assert set(evidence.arms) == set(arms)
+    report.write(found.folder.name, tmp_path / "report.html", None, "dice", 0.01, say=lambda text: None)
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert all(title in text for title in ("Arms, confirmed", "Arms of the search", "Confirmation: fresh pretrainings"))
+    assert "no number is set to more than two values" not in text, "the search is drawn with all of its arms"
+    assert all(stage.id in text for chain in found.chains() for stage in chain.stages), "every cell can be made again"
 
 
 @pytest.mark.parametrize(

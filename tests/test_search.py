@@ -3,13 +3,14 @@
 import math
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from medssl.platform import race, search, statistics
+from medssl.platform import race, search, statistics, sweep
 from medssl.platform.benches import racing
 from medssl.platform.errors import UsageError
 
@@ -242,6 +243,21 @@ def test_confirmation_is_fresh_and_covers_the_leaders_and_the_control(tmp_path, 
     assert set(nested.confirming) == {arm for arm, _ in confirmed}
     assert sorted(confirmed) == sorted((arm, search.CONFIRM + n) for arm in expected for n in range(3))
     assert not {index for _, index in confirmed} & {index for _, index in searched}
+
+
+@pytest.mark.parametrize("fallen", [False, True])
+def test_a_chosen_arm_that_was_not_confirmed_is_called_so(tmp_path, fallen):
+    levels = {"control": 0.1, "a": 0.5, "b": 0.6, "c": 0.7}
+    grid = {label: {"pretrain.seed": number} for number, label in enumerate(levels)}
+    nested = opened(tmp_path, grid=grid, controls={"control": {}}, k=2, confirm=4)
+
+    def score(chain):
+        return 0.2 if fallen and chain["index"] >= search.CONFIRM else levels[chain["arm"]] + 0.01 * chain["index"] % 0.03
+
+    drain(nested, score)
+    said = sweep._chosen(SimpleNamespace(folder=tmp_path), nested)
+    assert f"chosen   {'a' if fallen else 'c'}:" in said
+    assert ("not confirmed itself" in said) == fallen
 
 
 def test_more_confirmation_and_a_larger_grid_keep_what_was_confirmed(tmp_path):

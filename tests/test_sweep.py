@@ -472,3 +472,12 @@ def test_a_plan_of_a_race_says_what_it_may_spend(here):
     plan = sweep.dry_run(request(search="race", k=12), say=print)
     assert "race     at most 6 of the 36 pretrainings" in plan
     assert "5 fresh pretrainings" in plan
+    assert "power    k=5, m=2" in plan, "what the leaderboard will compare: two confirmed arms with the control"
+    assert "5% over 2 comparisons" in plan
+    assert "smallest p that 5 fresh pretrainings per confirmed arm can give: 0.00794" in plan
+
+
+def test_a_plan_of_a_search_without_confirmation_counts_the_arms_it_may_ask_for(here):
+    plan = sweep.dry_run(request(search="random", k=6, trials=7, confirm=0), say=print)
+    assert "power    k=6, m=2" in plan
+    assert "5% over 7 comparisons" in plan

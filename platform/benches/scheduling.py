@@ -8,12 +8,12 @@ remains are places that stand empty: while the driver is busy, while a search wa
 A chain takes a lognormal time about 40 minutes for its pretraining and 8 for each of two fine-tunings (deviation a quarter),
 a node one at a time. The ideal is the work shared evenly among all places, or the longest chain if that takes longer.
 
-A search of 100 arms on 8 nodes is 1.1 % over the ideal: once no arm is left to be asked for, places that would wait for a score
-take repeats ahead. It was 5.8 % while they waited. Repeats ahead of an arm that then turned out to be losing are work that
-waiting would have saved, and stand in the ideal too: two to seven chains of some 200 to 350, while the makespan fell by 3 to 9 %
-(three seeds, arms alike and arms 0.01 apart). A race is not simulated: it waits for whole rounds of three chains, so that its
-decisions do not depend on their order, and wants no more than three places then. Nodes that die are repeated work, not
-scheduling: tests/test_cluster.py has them.
+A search of 100 arms on 8 nodes is 1.1 % over the ideal: once no arm is left to be asked for, places that would wait for a
+score take repeats ahead. It was 5.8 % while they waited. Repeats ahead of an arm that then turned out to be losing are work
+that waiting would have saved, and stand in the ideal, too: up to seven chains of some 200 to 350, while the makespan fell by 3
+to 9 % (three seeds each of arms that are alike and of arms 0.01 apart). A race is not simulated: its decisions wait for whole
+rounds, of no more than three chains once every arm has two, so that it keeps three places busy and no more. Nodes that die are
+repeated work, not scheduling: tests/test_cluster.py has them.
 """
 
 import heapq
