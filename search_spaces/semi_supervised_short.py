@@ -44,7 +44,7 @@ STACKS: dict[str, dict[str, dict[str, Any]]] = {  # the hooks of an arm with the
         "mutual_information": {"weight": 0.1, "clusters": 10, "heads": 2} | RISING,
         "consistency": {"weight": 1.0} | RISING,
     },
-    "self-paced": {"self_paced": {"weight": 0.1}},
+    "self-paced": {"self_paced": {"weight": 0.1} | RISING},
     "BCP": {"bcp": {"weight": 0.5, "momentum": 0.95} | RISING},
     "UniMatch": {"unimatch": {"weight": 0.5} | RISING},
 }
