@@ -9,8 +9,10 @@ Those weights are the papers' or their codes', or plain choices where neither ha
 superpixel). None was tuned here, on any data.
 
 Arms of one budget have equal steps and labelled crops; hooks add forward passes over unlabelled crops (`unlabelled.batch`).
-`suggest` asks which stack, and how much of it: the weights of its hooks, times one factor. `semi_supervised_short.py` is the
-same question in minutes.
+`suggest` asks which stack, and how much of it (the weights of its hooks, times one factor), at 2 labelled patients: a search
+over budgets would end at the largest. At 8 it is a file of one's own: `from medssl.search_spaces.semi_supervised import *`, a
+QUESTION, `CONTROL = "supervised, 8"` and `DEFAULTS = DEFAULTS | {"data.labelled": 8}`. `semi_supervised_short.py` is the same
+question in minutes.
 """
 
 from collections.abc import Iterable, Mapping
