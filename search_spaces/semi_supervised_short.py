@@ -12,7 +12,8 @@ study on the phantom (2 labelled patients, 300 steps, seed 0, Dice on the valida
 with the weight of its file, 10, which is whole after 2/9 of the steps, 0.095; with a weight of 1, 0.133; with 10 and a ramp
 over all steps, 0.133; pseudo-label 0.064. The reading: a weight that is whole while the network still says mostly background
 makes the network agree with itself. Either cure removed the harm, none gave a gain, and it is one seed. So ramps rise over all
-of the steps here, and weights are 1 or less; whether those of the other arms do harm was not looked at.
+of the steps here, and weights are 1 or less. Self-paced InfoNCE was given its ramp later, after its scores on Sunnybrook were
+seen (EXPERIMENTS.md); the other weights are as they were before any was.
 `semi_supervised.py` has the weights of the hooks' files.
 UA-MT makes 4 noisy passes instead of 8, MI has 10 clusters and 2 heads.
 """
