@@ -1,9 +1,10 @@
 """Slices per second from disk to batches, and how long an epoch's first batch takes: our two paths against torch's DataLoader.
 
 Prepared CT-like volumes of `bench ingest`, batches of 32 as uint8 on the CPU, nothing augmented. Node-local: the set in memory,
-read once. Streamed: Ray Data over the Parquet files, as for a set that does not fit, in a Ray that is up already. The rivals
-read the same pixels with two worker processes: PNG files opened with Pillow, image and label, as the papers do, and a NumPy
-memory map.
+read once. Streamed: Ray Data over the Parquet files, as for a set that does not fit, in a Ray that is up already; here one
+small file an epoch, of which Ray's start of a task is the larger part; with `-o volumes=120` two of the size that `ingest`
+makes. The rivals read the same pixels with two worker processes: PNG files opened with Pillow, image and label, as the papers
+do, and a NumPy memory map.
 
 Three epochs each, after a first one that warms up the caches of the disk; starting workers at each epoch is part of the rivals'
 epochs, as it is in training. The last rows hold the longest wait for the first batch of a later epoch against 0.2 s.
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from medssl.platform import ingest, stream
 from medssl.platform.bench import Row
-from medssl.platform.benches.ingest import DISTINCT, write_scans
+from medssl.platform.benches.ingest import write_scans
 from medssl.platform.store import Store
 
 BATCH, EPOCHS, WORKERS = 32, 3, 2
@@ -68,12 +69,12 @@ class Mapped(Dataset[Pair]):
         return torch.from_numpy(self.image[index].copy()), torch.from_numpy(self.label[index].copy())
 
 
-def run() -> list[Row]:
+def run(volumes: int = 10) -> list[Row]:
     from medssl.platform.sweep import connected
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_scans(root / "scans", DISTINCT)
+        write_scans(root / "scans", volumes)
         store = ingest.prepare(root / "scans", root / "store", workers=WORKERS)
         count = _rivals(store, root)
         png = _loader(Pngs(root / "png", count))
