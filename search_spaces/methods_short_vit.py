@@ -22,7 +22,7 @@ DEFAULTS = {name: value for name, value in methods_short.DEFAULTS.items() if not
     "network.grid": 6,
 }
 SHARP: dict[str, Any] = {"teacher_temperature": (0.02, 0.02), "centre_momentum": 0.0}
-PAIRED = ("barlow_twins", "byol", "moco", "simclr", "simsiam", "vicreg")  # whose boxes would be larger than small slices
+PAIRED = ("barlow_twins", "byol", "iic", "moco", "simclr", "simsiam", "vicreg")  # whose boxes would be larger than small slices
 RESIZED = {name: methods_short.SIZES[name] | {"crop": "resized"} for name in PAIRED}
 SIZES = (
     methods_short.SIZES
