@@ -41,9 +41,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 COLUMNS = ["volume", "slice_index", "position", "image", "label"]
-PLAN = 256  # files that one Ray Data execution reads; starting one costs 0.1 s, and 0.8 ms per file of its plan
-UNLABELLED_KEYS = ("image", "size", "position", "patient", "volume", "depth", "phase")  # what hooks see of unlabelled slices
-AHEAD = 4  # files that a worker reads ahead: each costs Ray some 0.05 s, which two at a time do not hide
+PLACES = ("size", "position", "patient", "volume", "depth", "phase")  # of a slice: what a batch tells beside pixels
+UNLABELLED_KEYS = ("image", *PLACES)  # what hooks see of unlabelled slices
+PLAN = 256  # tasks of one Ray Data execution; starting one costs 0.1 s, and 0.8 ms per task of its plan
+AHEAD = 3  # tasks that a worker reads ahead
+LEAST = 32 << 20  # bytes of pixels that a task reads, or MOST pieces: Ray Data looks after its tasks every 0.1 s
+MOST = 16
 
 Arrays = dict[str, Any]
 
@@ -136,7 +139,7 @@ class Slices:
             label = torch.full((len(rows), *image.shape[-2:]), UNLABELLED, dtype=torch.uint8, device=image.device)
         else:
             label = self.label.index_select(0, rows)
-        known = {key: getattr(self, key) for key in ("size", "position", "patient", "volume", "depth", "phase")}
+        known = {key: getattr(self, key) for key in PLACES}
         others = {key: value[rows] for key, value in known.items() if value is not None}
         return {"image": image, "label": label, "index": rows, **others}
 
@@ -237,7 +240,7 @@ def beside(labelled: Iterable[Batch], unlabelled: Iterable[Batch]) -> Iterator[B
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one read task delivers: rows `start` to `stop` of a file in that epoch's order of its rows."""
+    """Rows `start` to `stop` of a file in that epoch's order of its rows, read at once."""
 
     epoch: int
     file: int
@@ -295,15 +298,24 @@ def ray_batches(
     streams = [pieces(counts, seed=seed, start=start * own, lane=lane, lanes=lanes) for lane in mine]
     todo = heapq.merge(*streams, key=lambda piece: piece.at)  # as they are needed: all lanes are equally far
     held: dict[int, pa.Table] = {}
-    for lane, rows in _read(todo, chosen, store.files, counts, seed):
+    for lane, rows in _read(_together(todo, chosen.row_bytes), chosen, store.files, counts, seed):
         held[lane] = pyarrow.concat_tables([held[lane], rows]) if lane in held else rows
         while all(lane in held and len(held[lane]) >= own for lane in mine):
             yield chosen.batch(pyarrow.concat_tables([held[lane].slice(0, own) for lane in mine]), device)
             held = {lane: rows.slice(own) for lane, rows in held.items()}
 
 
+def _together(todo: Iterator[_Piece], row_bytes: float) -> Iterator[list[_Piece]]:
+    """Neighbouring pieces by the task that reads them: of LEAST bytes together, or MOST of them."""
+    while True:
+        task, size = [next(todo)], 0.0
+        while (size := size + (task[-1].stop - task[-1].start) * row_bytes) < LEAST and len(task) < MOST:
+            task.append(next(todo))
+        yield task
+
+
 def _read(
-    todo: Iterator[_Piece], chosen: "_Chosen", files: tuple[Path, ...], counts: list[int], seed: int
+    tasks: Iterator[list[_Piece]], chosen: "_Chosen", files: tuple[Path, ...], counts: list[int], seed: int
 ) -> "Iterator[tuple[int, pa.Table]]":
     """The lane and the rows of every piece, in order, by Ray Data.
 
@@ -314,10 +326,10 @@ def _read(
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces each execution on the terminal
     while True:
-        plan = list(itertools.islice(todo, PLAN))
-        planned = ray.data.from_items([vars(piece) for piece in plan], override_num_blocks=len(plan))
-        data: Any = planned.map_batches(
-            cast(Any, _read_piece),
+        plan = list(itertools.islice(tasks, PLAN))
+        items = [{"pieces": [vars(piece) for piece in task]} for task in plan]
+        data: Any = ray.data.from_items(items, override_num_blocks=len(plan)).map_batches(
+            cast(Any, _read_pieces),
             fn_kwargs={"chosen": chosen, "files": files, "counts": counts, "seed": seed},
             batch_size=1,
             batch_format="pyarrow",
@@ -327,22 +339,26 @@ def _read(
         data.context.execution_options.preserve_order = True
         data.context.enable_progress_bars = False
         for rows in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD):
-            (lane,) = rows["lane"].unique().to_pylist()
-            yield lane, rows
+            lanes = rows["lane"].to_numpy()
+            bounds = [0, *(np.flatnonzero(np.diff(lanes)) + 1).tolist(), len(rows)]
+            for begin, end in itertools.pairwise(bounds):
+                yield int(lanes[begin]), rows.slice(begin, end - begin)
 
 
-def _read_piece(plan: "pa.Table", *, chosen: "_Chosen", files: tuple[Path, ...], counts: list[int], seed: int) -> "pa.Table":
-    """The rows of one piece, in its order, with their `index` in the set: what one read task returns."""
+def _read_pieces(plan: "pa.Table", *, chosen: "_Chosen", files: tuple[Path, ...], counts: list[int], seed: int) -> "pa.Table":
+    """The rows of a task's pieces, each in its order, with their `index` in the set and their lane."""
     import pyarrow
 
-    piece = _Piece(**plan.to_pylist()[0])
-    rows = chosen.rows(files[piece.file])
-    if len(rows) != counts[piece.file]:
-        raise RunError(f"{files[piece.file]}: the file changed while it was read; prepare the store anew")
-    index = pyarrow.array(np.arange(len(rows)) + sum(counts[: piece.file]))
-    kept = order(len(rows), seed, piece.epoch, part=1 + piece.file)[piece.start : piece.stop]
-    rows = rows.append_column("index", index).take(kept)
-    return rows.append_column("lane", pyarrow.array(np.full(len(rows), piece.lane)))
+    read = functools.lru_cache(maxsize=1)(chosen.rows)  # of a small set, a task reads one file for several epochs
+    tables = []
+    for piece in (_Piece(**values) for values in plan["pieces"][0].as_py()):
+        rows = read(files[piece.file])
+        if len(rows) != counts[piece.file]:
+            raise RunError(f"{files[piece.file]}: the file changed while it was read; prepare the store anew")
+        kept = order(len(rows), seed, piece.epoch, part=1 + piece.file)[piece.start : piece.stop]
+        index, lane = pyarrow.array(kept + sum(counts[: piece.file])), pyarrow.array(np.full(len(kept), piece.lane))
+        tables.append(rows.take(kept).append_column("index", index).append_column("lane", lane))
+    return pyarrow.concat_tables(tables)
 
 
 # From Parquet to padded arrays
@@ -373,6 +389,12 @@ class _Chosen:
     @property
     def count(self) -> int:
         return sum(volume.slices for volume in self.volumes)
+
+    @property
+    def row_bytes(self) -> float:
+        """Bytes of a slice's pixels and labels, on average."""
+        item = np.dtype(self.dtype).itemsize
+        return sum(v.slices * v.height * v.width * (v.channels * item + v.labelled) for v in self.volumes) / self.count
 
     @functools.cached_property
     def volume_names(self) -> tuple[str, ...]:
@@ -441,13 +463,13 @@ class _Chosen:
             _paste(rows["label"], into["size"], into["label"][:, None])
 
     def batch(self, rows: "pa.Table", device: torch.device | str) -> Batch:
-        """The padded batch of these rows, which carry their `index`, on a device."""
+        """The padded batch of these rows, which carry their `index`, on a device; as `Slices.take` makes it."""
         arrays = self.empty(len(rows))
         self.decode(rows, arrays)
-        names = {"patient_names": self.patient_names, "volume_names": self.volume_names}
-        batch = Slices.from_arrays(arrays | names).take(np.arange(len(rows)))
-        whole = {**batch, "index": torch.from_numpy(rows["index"].to_numpy().copy())}
-        return {key: value.to(device) for key, value in whole.items()}
+        if "label" not in arrays:
+            arrays["label"] = np.full((len(rows), *arrays["image"].shape[-2:]), UNLABELLED, np.uint8)
+        arrays["index"] = rows["index"].to_numpy().copy()
+        return {key: torch.from_numpy(arrays[key]).to(device) for key in ("image", "label", "index", *PLACES)}
 
 
 def _paste(column: "pa.ChunkedArray", size: NDArray[np.int64], out: NDArray[Any]) -> None:

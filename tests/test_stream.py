@@ -245,6 +245,20 @@ def test_the_pieces_of_all_lanes_are_the_epochs(counts: list[int], lanes: int) -
             assert rows_of(counts, taken[lane] - start, start=start, lane=lane, lanes=lanes) == whole[start:]
 
 
+@pytest.mark.parametrize("row_bytes", [1, 2**20, 2**25, 2**30])
+def test_tasks_take_neighbouring_pieces_until_they_are_worth_starting(row_bytes: int) -> None:
+    def todo() -> Iterator[Any]:
+        return stream.pieces([4, 9, 1, 7], seed=1)
+
+    tasks = list(itertools.islice(stream._together(todo(), row_bytes), 40))
+    taken = [piece for task in tasks for piece in task]
+    assert taken == list(itertools.islice(todo(), len(taken)))
+    for task in tasks:
+        sizes = [(piece.stop - piece.start) * row_bytes for piece in task]
+        assert sum(sizes[:-1]) < stream.LEAST  # the last one was wanted
+        assert sum(sizes) >= stream.LEAST or len(task) == stream.MOST
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ray_data_gives_each_slice_once_per_epoch_over_all_workers(ray_local: None, store: Store, world: int) -> None:
     """Two epochs, which no worker exceeds by more than the rows of its last batch."""
