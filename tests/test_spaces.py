@@ -172,21 +172,28 @@ def test_a_method_without_a_temperature_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "network"),
-    [("methods", "unet"), ("methods-vit", "unetr"), ("methods-short", "unet"), ("methods-short-vit", "unetr")],
+    ("name", "networks"),
+    [
+        ("methods", {"unet"}),
+        ("methods-vit", {"unetr"}),
+        ("methods-short", {"unet", "unetr"}),
+        ("methods-short-vit", {"unetr"}),
+    ],
 )
-def test_every_pretraining_method_that_can_train_the_network_is_an_arm(name, network):
+def test_every_pretraining_method_that_can_train_the_network_is_an_arm(name, networks):
     encoders = {method: find.constant("method", method, "ENCODERS", ()) for method in find.names("method")}
     able = {
         method
-        for method, networks in encoders.items()
-        if "encoder" in inspect.signature(find.load("method", method).METHOD).parameters and network in (networks or [network])
+        for method, wanted in encoders.items()
+        if "encoder" in inspect.signature(find.load("method", method).METHOD).parameters and networks & set(wanted or networks)
     }
     space = find.load("space", name)
     arms = {label: built(settings, space) for label, settings in space.arms().items()}
-    assert {arm.network.name for arm in arms.values()} == {network}
-    assert arms.pop("from scratch").pretrain is None
-    assert {arm.pretrain.name for arm in arms.values()} == able
+    assert {arm.network.name for arm in arms.values()} == networks
+    assert {arm.pretrain.name for arm in arms.values() if arm.pretrain} == able
+    compared = {label: getattr(space, "COMPARE", {}).get(label, space.CONTROL) for label in arms}
+    for label, control in compared.items():
+        assert (arms[control].pretrain, arms[control].network) == (None, arms[label].network), label
 
 
 def test_the_default_weights_are_an_arm_of_their_space():
