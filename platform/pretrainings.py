@@ -138,8 +138,9 @@ def verdict(found: Sequence[Row]) -> list[str]:
         lines.append(f"{waiting} of {len(found)} pretrainings have not finished.")
     fell = [(row, row.first_loss, row.last_loss) for row in done if row.first_loss is not None and row.last_loss is not None]
     lines += _count("The loss fell", [(row, last < first) for row, first, last in fell])
-    alive = [(row, row.status != "collapsed" and (row.collapse or 0.0) <= COLLAPSED) for row in done]
-    lines += _count(f"Features did not collapse (index up to {COLLAPSED}) in training", alive)
+    indices = [(row, row.collapse if row.collapse is not None or row.spread is None else 1 - row.spread) for row in done]
+    alive = [(row, row.status != "collapsed" and (index or 0.0) <= COLLAPSED) for row, index in indices]
+    lines += _count(f"Features did not collapse (index, or 1 - spread, up to {COLLAPSED}) in training", alive)
     better = [(row, row.probe_dice_before, row.probe_dice) for row in done]
     probed = [(row, after > before) for row, before, after in better if before is not None and after is not None]
     lines += _count("The probe's Dice is above that of the same encoder before its first step", probed)

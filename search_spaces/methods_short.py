@@ -15,8 +15,8 @@ What to look at is `medssl leaderboard --pretrainings`: whether the loss falls, 
 of the frozen encoder beats that of the same encoder before its first step. The fine-tuning behind it is as short.
 MoCo's loss is to be held against chance, log(1 + 64) = 4.17. With a longer queue it need not fall at all: as the rate comes
 down its keys become those of one encoder, and harder.
-IIC alone has 600 steps. Settings in DEFAULTS can be overridden; steps, networks and what SIZES names cannot: `methods.py` asks the
-same question of the papers' settings.
+IIC alone has 600 steps. Settings in DEFAULTS can be overridden; steps, networks and what SIZES names cannot: `methods.py` asks
+the same question of the papers' settings.
 The side of a view is left to the command line; the Hippocampus, 31 pixels at its smallest, takes `-o pretrain.side=24`.
 """
 

@@ -1,6 +1,7 @@
 """The table of pretrainings says what their folders hold, and what a pretraining should show."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -81,9 +82,18 @@ def test_the_verdict_names_what_fails(site):
     assert said == [
         "1 of 3 pretrainings have not finished.",
         "The loss fell in 1 of 2: not in b 0.",
-        "Features did not collapse (index up to 0.95) in training in 1 of 2: not in b 0.",
+        "Features did not collapse (index, or 1 - spread, up to 0.95) in training in 1 of 2: not in b 0.",
         "The probe's Dice is above that of the same encoder before its first step in 1 of 2: not in b 0.",
     ]
+
+
+def test_a_method_without_an_index_has_collapsed_where_its_features_do_not_spread():
+    done = Row("a", 0, "iic", "iic-1", "finished", steps=9)
+    rows = [
+        dataclasses.replace(done, arm=arm, collapse=index, spread=spread)
+        for arm, index, spread in [("spread", None, 0.4), ("point", None, 0.03), ("index", 0.2, 0.03), ("silent", None, None)]
+    ]
+    assert pretrainings.verdict(rows)[0].endswith("in training in 3 of 4: not in point 0.")
 
 
 SPACE = """
