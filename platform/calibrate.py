@@ -33,7 +33,7 @@ from medssl.platform.planner import Pace, keys
 from medssl.platform.site import Site
 from medssl.platform.splits import Split
 from medssl.platform.store import Store
-from medssl.platform.sweep import connected
+from medssl.platform.trials import connected
 
 SECONDS = 5.0  # of training, for each kind of stage: ten for a pretraining and its fine-tuning
 ASKED_EVERY = 200  # milliseconds between two questions to a GPU, which counts over 1/6 s to 1 s

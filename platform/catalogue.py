@@ -90,7 +90,7 @@ def _hands(address: str | None) -> "Iterator[ingest.MapUnordered]":
     if address is None:
         yield ingest.in_processes
         return
-    from medssl.platform.sweep import connected
+    from medssl.platform.trials import connected
 
     with connected(address):
         yield ingest.on_ray

@@ -29,7 +29,8 @@ from medssl.platform.records import Volume
 from medssl.platform.site import Site
 from medssl.platform.splits import Split
 from medssl.platform.store import Store
-from medssl.platform.sweep import connected, layers
+from medssl.platform.sweep import layers
+from medssl.platform.trials import connected
 
 Say = Callable[[str], None]
 

@@ -21,7 +21,7 @@ from medssl.methods import gather
 from medssl.methods.optimizers import decay_groups
 from medssl.methods.protocol import Loss, Views
 from medssl.methods.settings import Training
-from medssl.platform import checkpoint, loop, places, sweep, train
+from medssl.platform import checkpoint, loop, places, sweep, train, trials
 from medssl.platform.site import Site
 
 QUICK = {"health_check_period_ms": 500, "health_check_failure_threshold": 3, "health_check_initial_delay_ms": 0}
@@ -241,13 +241,13 @@ def sweep_loses_a_node() -> None:
 
         with beside(lose):
             run()
-        copy = sweep._copy(Site.here().data / "tiny", "seed-0")
+        copy = trials._copy(Site.here().data / "tiny", "seed-0")
         ray.wait([copy], fetch_local=False)
         for node in [*made.worker_nodes]:
             made.remove_node(node, allow_graceful=False)
         begun = time.monotonic()
-        assert sweep._shared(copy) is None, "what a node held for others"
-        assert time.monotonic() - begun < sweep.PATIENCE / 2, "is not waited for when it dies"
+        assert trials._shared(copy) is None, "what a node held for others"
+        assert time.monotonic() - begun < trials.PATIENCE / 2, "is not waited for when it dies"
     assert outcome() == undisturbed(), "to the last bit"
     assert before.items() <= finished().items(), "no finished stage ran again"
     assert "continues" in (continued[0] / "messages.log").read_text(), "from its checkpoint"

@@ -71,7 +71,7 @@ class Mapped(Dataset[Pair]):
 
 
 def run(volumes: int = 10) -> list[Row]:
-    from medssl.platform.sweep import connected
+    from medssl.platform.trials import connected
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
