@@ -22,6 +22,7 @@ import heapq
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -47,6 +48,7 @@ PLAN = 256  # tasks of one Ray Data execution; starting one costs 0.1 s, and 0.8
 AHEAD = 3  # tasks that a worker reads ahead
 LEAST = 32 << 20  # bytes of pixels that a task reads, or MOST pieces: Ray Data looks after its tasks every 0.1 s
 MOST = 16
+PATIENCE = 5.0  # seconds for a thread to end
 
 Arrays = dict[str, Any]
 
@@ -338,11 +340,28 @@ def _read(
         )
         data.context.execution_options.preserve_order = True
         data.context.enable_progress_bars = False
-        for rows in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD):
+        for rows in _delivered(data):
             lanes = rows["lane"].to_numpy()
             bounds = [0, *(np.flatnonzero(np.diff(lanes)) + 1).tolist(), len(rows)]
             for begin, end in itertools.pairwise(bounds):
                 yield int(lanes[begin]), rows.slice(begin, end - begin)
+
+
+def _delivered(data: Any) -> "Iterator[pa.Table]":
+    """The results of a Ray Data execution as they come; its threads have ended when this has, or is closed.
+
+    One that asks Ray for a block while Ray goes down ends the process.
+    """
+    before, threads = set(threading.enumerate()), set[threading.Thread]()
+    results = iter(data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD))
+    try:
+        for rows in results:
+            threads = threads or {new for new in threading.enumerate() if new.name == "iter_threaded"} - before
+            yield rows
+    finally:
+        results.close()
+        for thread in threads:
+            thread.join(PATIENCE)
 
 
 def _read_pieces(plan: "pa.Table", *, chosen: "_Chosen", files: tuple[Path, ...], counts: list[int], seed: int) -> "pa.Table":

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -269,6 +270,22 @@ def test_ray_data_gives_each_slice_once_per_epoch_over_all_workers(ray_local: No
         batches = stream.ray_batches(store, None, None, batch, seed=4, rank=rank, world=world)
         seen += [index for step in first(batches, -(-part // 2)) for index in step][:part]
     assert sorted(seen) == sorted([*range(COUNT), *range(COUNT)])
+
+
+def test_a_stream_that_is_left_leaves_no_thread_reading(ray_local: None, store: Store) -> None:
+    """Ray ends the process of a thread that reads while Ray goes down."""
+    before = set(threading.enumerate())
+    streams = [stream.ray_batches(store, None, None, 4, seed=seed) for seed in (0, 1)]
+    for batches in streams:
+        next(batches)
+    reading = {thread for thread in threading.enumerate() if thread.name == "iter_threaded"} - before
+    assert reading, "Ray Data names its threads otherwise"
+    streams.pop().close()
+    half = {thread for thread in reading if thread.is_alive()}
+    assert len(half) == len(reading) / 2, "the other stream goes on"
+    next(streams[0])
+    streams.pop().close()
+    assert not any(thread.is_alive() for thread in reading)
 
 
 def test_a_stream_in_lanes_goes_on_in_mid_epoch_with_a_group_of_another_size(ray_local: None, store: Store) -> None:
