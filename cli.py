@@ -242,7 +242,7 @@ def pretrain(
     method: Annotated[str, typer.Argument(help="A file of methods/.")],
     start: From = None,
     data: DataName = "phantom",
-    seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and views; else what -p or -o say, or 0.")] = None,
     spatial_dims: Dims = None,
     index: Annotated[int, typer.Option(min=0, help="Which of the k pretrainings of a sweep's arm.")] = 0,
     files: Files = None,
@@ -259,7 +259,7 @@ def pretrain(
 def finetune(
     start: From = None,
     data: DataName = "phantom",
-    seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and views; else what -p or -o say, or 0.")] = None,
     spatial_dims: Dims = None,
     index: Annotated[int, typer.Option(min=0, help="Which of the k pretrainings of a sweep's arm.")] = 0,
     number: Annotated[int, typer.Option(min=0, help="Which fine-tuning of that pretraining.")] = 0,

@@ -39,7 +39,7 @@ def pretrain(
     method: str,
     start: str | None,
     data: str,
-    seed: int,
+    seed: int | None,
     files: Sequence[Path],
     overrides: Sequence[str],
     *,
@@ -51,7 +51,7 @@ def pretrain(
 
     index   which of those that a sweep gives an arm: it decides the seed
     """
-    tree = {"pretrain": {"name": method}, "seed": seed} | _given(start)
+    tree = {"pretrain": {"name": method}} | _given(start, seed)
     experiment, store, split = _experiment(data, files, overrides, tree, say, tuned=False)
     if experiment.start.step is not None:
         raise UsageError("start.step says where fine-tuning starts; to pretrain a snapshot, give its file encoder@STEP.pt")
@@ -66,7 +66,7 @@ def pretrain(
 def finetune(
     start: str | None,
     data: str,
-    seed: int,
+    seed: int | None,
     files: Sequence[Path],
     overrides: Sequence[str],
     *,
@@ -78,7 +78,7 @@ def finetune(
 
     index, number   which of a sweep's pretrainings, and which fine-tuning of it: they decide the seeds
     """
-    tree = {"pretrain": None, "seed": seed} | _given(start)
+    tree = {"pretrain": None} | _given(start, seed)
     experiment, store, split = _experiment(data, files, overrides, tree, say)
     stages.check(experiment, store)
     chain = plan.chain(start or "from scratch", index, number + 1, experiment, store, split)
@@ -87,9 +87,9 @@ def finetune(
     return f"{stage.id}: validation {done['validation']:.3f}, test {done['test']:.3f} ({experiment.evaluate.metric})"
 
 
-def _given(start: str | None) -> dict[str, Any]:
-    """What `--from` sets."""
-    return {"start": {"weights": start}} if start else {}
+def _given(start: str | None, seed: int | None) -> dict[str, Any]:
+    """What `--from` and `--seed` set."""
+    return ({"start": {"weights": start}} if start else {}) | ({"seed": seed} if seed is not None else {})
 
 
 def _fulfil(job: stages.Job, say: Say) -> dict[str, Any]:

@@ -244,6 +244,17 @@ def test_pretrain_finetune_evaluate_predict(typed, tmp_path):
     assert (code, "not a finished pretraining; of a fine-tuning, give its file" in error, "best.pt" in error) == (2, True, True)
 
 
+def test_the_seed_is_the_options_else_the_files_else_0(typed, tmp_path):
+    root, runs = decathlon(tmp_path / "blobs"), Path(os.environ["MEDSSL_RUNS"])
+    (tmp_path / "seven.yaml").write_text("seed: 7\n")
+    ways = {"": 0, "-o seed=3": 3, f"-p {tmp_path}/seven.yaml": 7, "--seed 5 -o seed=3": 5}
+    for words, seed in ways.items():
+        code, out, error = typed("pretrain", "simsiam", "--data", root, *TINY, *words.split())
+        assert code == 0, error
+        run = json.loads((runs / "stages" / out.splitlines()[-1].partition(":")[0] / "run.json").read_text())
+        assert (run["config"]["seed"], run["seed"]) == (seed, 1000 * seed), words
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(typed, tmp_path):
     root = decathlon(tmp_path / "blobs")
     code, out, error = typed("pretrain", "simsiam", "--data", root, *TINY)
